@@ -1,0 +1,797 @@
+"""DINOv2 with registers in one file of PyTorch: the model, its weights, its images and a command line.
+
+    model = dinoreg.load("vits14_reg")                       # official weights, downloaded once
+    image = dinoreg.preprocess("photo.jpg")                  # (3, 224, 224)
+    features = model.forward_features(image[None])           # x_norm_clstoken, x_norm_patchtokens, ...
+
+    $ python -m dinoreg photo.jpg                            # what is in this picture?
+
+Sources:
+  - Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", https://arxiv.org/abs/2304.07193
+  - Darcet et al., "Vision Transformers Need Registers", https://arxiv.org/abs/2309.16588
+  - the official code, https://github.com/facebookresearch/dinov2: parameters and methods have its names, so that its
+    checkpoints load as they are and code written for its models runs unchanged.
+
+The letters of the shapes, used everywhere below:
+    B       images in the batch
+    C       channels of an image (3)
+    H, W    height and width of an image, in pixels
+    h, w    height and width of its grid of patches: H / patch_size, W / patch_size
+    R       register tokens (4, or 0)
+    N       tokens of an image: 1 CLS + R registers + h * w patches, in this order
+    D       width of a token (embed_dim)
+    A       attention heads, each D / A wide
+"""
+
+import argparse
+import dataclasses
+import http.client
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. The defaults, with the three sizes of `CONFIGS`, are the official models with registers."""
+
+    embed_dim: int = 384  # D
+    depth: int = 12  # transformer blocks
+    num_heads: int = 6  # A
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward layer, in units of D
+    ffn: str = "mlp"  # "mlp" or "swiglu"
+    patch_size: int = 14  # pixels
+    image_size: int = 518  # pixels: the side of the square images whose patch grid the position embedding was trained on
+    crop_size: int = 224  # pixels: the side of the square that the evaluation transform cuts out
+    in_chans: int = 3  # C
+    num_register_tokens: int = 4  # R
+    layerscale_init: float = 1.0  # as the official models are built; their training began at 1e-5
+    drop_path_rate: float = 0.0  # stochastic depth of the last block in training; it grows linearly from 0 in the first
+    interpolate_antialias: bool = True  # how the position embedding is resized to another grid
+    interpolate_offset: float = 0.0  # added to the wanted grid before the scale is computed (0.1 in models of 2023)
+
+
+_CONFIGS = {
+    "vits14": Config(embed_dim=384, depth=12, num_heads=6),
+    "vitb14": Config(embed_dim=768, depth=12, num_heads=12),
+    "vitl14": Config(embed_dim=1024, depth=24, num_heads=16),
+    "vitg14": Config(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
+}
+_NO_REGISTERS = {"num_register_tokens": 0, "interpolate_antialias": False, "interpolate_offset": 0.1}
+CONFIGS: dict[str, Config] = {
+    **{name: dataclasses.replace(config, **_NO_REGISTERS) for name, config in _CONFIGS.items()},
+    **{f"{name}_reg": config for name, config in _CONFIGS.items()},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, in the order in which an image flows through it
+
+
+class PatchEmbed(nn.Module):
+    """Cut images into square patches and map each to a token: (B, C, H, W) -> (B, h * w, D)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, A, N, D / A)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Feed-forward layer of S, B and L: D -> mlp_ratio * D -> D, with the exact (erf) GELU between."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.embed_dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward layer of g (Shazeer, 2020): two branches, one gates the other."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden = int(config.embed_dim * config.mlp_ratio) * 2 // 3  # three matrices, as many parameters as Mlp's two
+        hidden = (hidden + 7) // 8 * 8
+        self.w12 = nn.Linear(config.embed_dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a residual branch (Touvron et al., 2021)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((config.embed_dim,), config.layerscale_init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): in training, a residual branch is skipped for each image with `rate`."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """Transformer block, pre-norm: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: Config, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[config.ffn](config)
+        self.ls2 = LayerScale(config)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class DinoVisionTransformer(nn.Module):
+    """DINOv2, with or without registers: a drop-in for what `torch.hub.load("facebookresearch/dinov2", ...)` returns.
+
+    Parameters, attributes and methods have the names and meanings of the official class of the same name. Images are
+    (B, C, H, W) in the dtype of the weights or float32, normalised as `preprocess` does; H and W are any multiples of
+    the patch size. A ValueError says what is wrong with others. A new model is initialised as the official code does,
+    ready to be trained; `load` gives a trained one.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_dim = self.num_features = config.embed_dim
+        self.num_heads = config.num_heads
+        self.n_blocks = config.depth
+        self.patch_size = config.patch_size
+        self.num_register_tokens = config.num_register_tokens
+        self.grad_checkpointing = False  # True: training recomputes the blocks' activations instead of keeping them
+
+        D, R, grid = config.embed_dim, config.num_register_tokens, config.image_size // config.patch_size
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, D))  # for CLS and patches; registers have none
+        self.register_tokens = nn.Parameter(torch.empty(1, R, D)) if R else None
+        self.mask_token = nn.Parameter(torch.empty(1, D))
+        drop_path_rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_path_rates)
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.head = nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Random weights, as the official `init_weights` makes them; norms and the convolution keep PyTorch's own.
+
+        The official truncated normal is cut off at 100 standard deviations: it is a normal.
+        """
+        nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
+        """The position embedding for a grid of h x w patches, resized in float32 if need be: (1, 1 + h * w, D)."""
+        grid = self.config.image_size // self.patch_size
+        if h == w == grid:
+            return self.pos_embed
+        # With an offset the scale is taken from it, and not from the sizes: the features of models that were trained
+        # so depend on the tiny shift that this makes.
+        offset = self.config.interpolate_offset
+        target = {"scale_factor": ((h + offset) / grid, (w + offset) / grid)} if offset else {"size": (h, w)}
+        cls, patches = self.pos_embed.float().split([1, grid * grid], dim=1)
+        patches = patches.transpose(1, 2).unflatten(2, (grid, grid))  # (1, D, grid, grid)
+        patches = F.interpolate(patches, mode="bicubic", antialias=self.config.interpolate_antialias, **target)
+        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images to tokens: (B, C, H, W) -> (B, N, D). Patches where masks (B, h * w; bool) is True are replaced."""
+        C, P = self.config.in_chans, self.patch_size
+        if x.ndim != 4 or x.shape[1] != C:
+            raise ValueError(f"images must have shape (B, {C}, H, W), got {tuple(x.shape)}")
+        H, W = x.shape[2:]
+        if H % P or W % P or H == 0 or W == 0:
+            nearest = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
+            raise ValueError(f"image sides must be multiples of {P} pixels, got {H} x {W}; the nearest is {nearest}")
+
+        patches = self.patch_embed(x.to(self.pos_embed.dtype))
+        if masks is not None:
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+        pos_embed = self.interpolate_pos_encoding(H // P, W // P)
+        prefix = self.cls_token + pos_embed[:, :1]
+        if self.register_tokens is not None:
+            prefix = torch.cat([prefix, self.register_tokens], dim=1)  # (1, 1 + R, D)
+        return torch.cat([prefix.expand(len(x), -1, -1), patches + pos_embed[:, 1:]], dim=1)
+
+    def run_blocks(self, x: Tensor, wanted: set[int]) -> list[Tensor]:
+        """Tokens (B, N, D) through the blocks: those after each block whose index is wanted, in block order."""
+        outputs = []
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+            if i in wanted:
+                outputs.append(x)
+        return outputs
+
+    def split_tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> CLS (B, D), registers (B, R, D), patches (B, h * w, D)."""
+        R = self.num_register_tokens
+        return x[:, 0], x[:, 1 : 1 + R], x[:, 1 + R :]
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
+        """All that the model has to say about images (B, C, H, W); patches under masks (B, h * w; bool) are hidden.
+
+        x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
+        final norm; x_prenorm (B, N, D) has all of them before it; masks is the argument.
+        """
+        (x,) = self.run_blocks(self.prepare_tokens_with_masks(x, masks), wanted={self.n_blocks - 1})
+        cls, registers, patches = self.split_tokens(self.norm(x))
+        return {
+            "x_norm_clstoken": cls,
+            "x_norm_regtokens": registers,
+            "x_norm_patchtokens": patches,
+            "x_prenorm": x,
+            "masks": masks,
+        }
+
+    def forward(self, x: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Tensor | dict:
+        """Images (B, C, H, W) -> normalised CLS token (B, D); or, if is_training, what `forward_features` returns."""
+        features = self.forward_features(x, masks)
+        return features if is_training else self.head(features["x_norm_clstoken"])
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple:
+        """Patch tokens of images (B, C, H, W) after each of the last n blocks, or after the blocks that n lists.
+
+        In block order, each (B, h * w, D), or (B, D, h, w) if reshape; after the final norm if norm; in a pair with the
+        CLS token (B, D) if return_class_token. Raises a ValueError for a block that there is not.
+        """
+        blocks = range(self.n_blocks)
+        wanted = set(blocks[-n:] if isinstance(n, int) else n)
+        if not wanted or not wanted.issubset(blocks) or isinstance(n, int) and not 1 <= n <= self.n_blocks:
+            raise ValueError(f"n must be 1 to {self.n_blocks}, or list indices of the {self.n_blocks} blocks, got {n}")
+
+        outputs = self.run_blocks(self.prepare_tokens_with_masks(x), wanted)
+        outputs = [self.split_tokens(self.norm(out) if norm else out) for out in outputs]
+        if reshape:
+            h = x.shape[2] // self.patch_size
+            outputs = [(cls, _, patches.mT.unflatten(2, (h, -1)).contiguous()) for cls, _, patches in outputs]
+        return tuple((patches, cls) if return_class_token else patches for cls, _, patches in outputs)
+
+
+class LinearClassifier(nn.Module):
+    """A linear layer on a backbone's features, as in the official `dinov2_*_lc`: (B, C, H, W) -> (B, num_classes).
+
+    `layers` (officially 1 or 4) says from how many of the last blocks the CLS token is taken. `labels` names the
+    classes; None, if nobody did.
+    """
+
+    def __init__(self, backbone: DinoVisionTransformer, num_classes: int, layers: int = 1):
+        super().__init__()
+        self.backbone = backbone
+        self.layers = layers
+        self.linear_head = nn.Linear((layers + 1) * backbone.embed_dim, num_classes)
+        self.labels: list[str] | None = None
+        nn.init.normal_(self.linear_head.weight, std=0.01)
+        nn.init.zeros_(self.linear_head.bias)
+
+    def linear_input(self, x: Tensor) -> Tensor:
+        """What the linear layer sees of images: each block's CLS token and the last block's mean patch (not register)."""
+        outputs = self.backbone.get_intermediate_layers(x, n=self.layers, return_class_token=True)
+        patches = outputs[-1][0].mean(dim=1)
+        return torch.cat([*(cls for _, cls in outputs), patches], dim=1)  # (B, (layers + 1) * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_head(self.linear_input(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preprocessing: from a file to the tensor that the model sees
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def preprocess(
+    image: str | os.PathLike | bytes | Image.Image, size: int = 224, keep_aspect: bool = False, patch_size: int = 14
+) -> Tensor:
+    """An image, given as a path, the bytes of a file or a PIL image, as a normalised float32 tensor (3, H, W).
+
+    Without keep_aspect this is the official evaluation transform, pixel for pixel: the short side is resized to
+    size * 8 / 7, and the central square of H = W = size pixels is cut out. With keep_aspect all of the image is kept:
+    H and W are the multiples of patch_size nearest to its own aspect ratio at an area of size * size pixels.
+
+    Any mode that PIL knows will do, upright or turned by EXIF. Raises OSError or ValueError if there is no image in it.
+    """
+    if not isinstance(image, Image.Image):
+        image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    image = _to_rgb(image)
+    if max(image.size) > 100 * min(image.size):  # the resized one could be larger than memory
+        raise ValueError(f"an image of {image.width} x {image.height} pixels is too narrow")
+    if keep_aspect:
+        scale = size / math.sqrt(image.width * image.height) / patch_size
+        width, height = (max(1, round(side * scale)) * patch_size for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    else:
+        short = size * 8 // 7
+        width, height = (short * side // min(image.size) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W), uint8
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
+    return pixels.float().div(255).sub(mean).div(std)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB: upright, on white where it is transparent."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # Deep greys do not say which value is white: it is the least of the usual ones that no pixel is above.
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        white = next((white for white in (1, 255) if grey.max() <= white), 65535)
+        image = Image.fromarray((grey.clip(0, white) * (255 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+HUB_URL = "https://dl.fbaipublicfiles.com/dinov2"
+
+
+def load(
+    name_or_path: str | os.PathLike,
+    layers: int = 4,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> DinoVisionTransformer | LinearClassifier:
+    """A trained model, in eval mode.
+
+    A name is that of an official model, with or without "dinov2_" in front: a backbone ("vits14_reg", any of `CONFIGS`)
+    or its ImageNet-1k classifier ("vits14_reg_lc"; layers, 1 or 4, is for these alone). Its files are downloaded into
+    torch.hub's cache if they are not there yet. A path is that of a file that `save` wrote, or of a .pth with the
+    official parameter names. Weights are mapped from the file; only another device or dtype (None: the file's) copies.
+
+    Raises OSError if a file is missing or cannot be downloaded, ValueError if it holds something else.
+    """
+    name = str(name_or_path).removeprefix("dinov2_")
+    arch = name.removesuffix("_lc")
+    if arch not in CONFIGS:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, and no model of this name; those are {', '.join(CONFIGS)}")
+        tensors, metadata = read_tensors(path)
+        config, labels = (json.loads(metadata.get(key, "null")) for key in ("config", "labels"))
+        config = Config(**config) if config else None
+    else:
+        if layers not in (1, 4):
+            raise ValueError(f"the official classifiers look at 1 or 4 layers, not {layers}")
+        config, labels = CONFIGS[arch], None
+        stem = f"{HUB_URL}/dinov2_{arch.removesuffix('_reg')}/dinov2_{arch.replace('_reg', '_reg4')}"
+        path = download(f"{stem}_pretrain.pth")
+        tensors, _ = read_tensors(path)
+        if name.endswith("_lc"):
+            head, _ = read_tensors(download(f"{stem}_linear{'4' if layers == 4 else ''}_head.pth"))
+            tensors = add_head(tensors, head)
+    try:
+        model = from_state_dict(tensors, config, labels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return model.to(device, dtype)
+
+
+def download(url: str) -> Path:
+    """The file of a URL in torch.hub's cache, fetched if it is not there, with a progress bar; whole or not at all."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder, path.name)
+            print(f"downloading {url}", file=sys.stderr)
+            torch.hub.download_url_to_file(url, str(part))
+            if not zipfile.is_zipfile(part):  # a checkpoint is a zip file, whose directory comes last
+                raise OSError("what came is not a whole checkpoint")
+            os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(
+            f"cannot download {url}: {error}. Put that file at {path} by hand, or try the model that comes with the "
+            "repository: --weights examples/digits.safetensors"
+        ) from None
+    return path
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a .safetensors or .pth file holds, mapped and not read: tensors and metadata. Raises ValueError if nothing."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
+    except Exception as error:  # of a dozen kinds
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
+
+
+def add_head(backbone: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a `LinearClassifier` from those of its two halves, which are files of their own officially."""
+    halves = {"backbone": backbone, "linear_head": head}
+    return {f"{half}.{key}": tensor for half, tensors in halves.items() for key, tensor in tensors.items()}
+
+
+def from_state_dict(
+    tensors: dict[str, Tensor], config: Config | None = None, labels: list[str] | None = None
+) -> DinoVisionTransformer | LinearClassifier:
+    """The model, in eval mode, of a state dict with the official names; its parameters are these very tensors.
+
+    Without a config, the shapes of the tensors give it. A classifier of 1,000 classes without labels is ImageNet's.
+    Raises a ValueError that names the first tensor that is missing, unknown or of a wrong shape.
+    """
+    try:
+        config = config or infer_config({key.removeprefix("backbone."): x for key, x in tensors.items()})
+    except (KeyError, AttributeError, ValueError):
+        raise ValueError("no state dict with the official names (convert_weights.py knows others)") from None
+    with _SkipInit():
+        model = DinoVisionTransformer(config)
+        if "linear_head.weight" in tensors:
+            num_classes, width = tensors["linear_head.weight"].shape
+            model = LinearClassifier(model, num_classes, layers=width // config.embed_dim - 1)
+            model.labels = labels or (IMAGENET_CLASSES if num_classes == len(IMAGENET_CLASSES) else None)
+    wanted, found = ({key: tuple(x.shape) for key, x in state.items()} for state in (model.state_dict(), tensors))
+    for key in wanted | found:
+        if found.get(key) != wanted.get(key):
+            raise ValueError(f"{key}: found {found.get(key, 'none')}, wanted {wanted.get(key, 'none')}")
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+class _SkipInit(torch.overrides.TorchFunctionMode):
+    """Makes no random numbers for new parameters: they stay as `torch.empty` gives them, about to be replaced."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
+def infer_config(tensors: dict[str, Tensor]) -> Config:
+    """The config that the shapes of a backbone's official state dict tell of. A KeyError names what is missing."""
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    D, C, P, _ = shapes["patch_embed.proj.weight"]
+    depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+    swiglu = "blocks.0.mlp.w3.weight" in shapes
+    registers = shapes["register_tokens"][1] if "register_tokens" in shapes else 0
+    return Config(
+        embed_dim=D,
+        depth=depth,
+        num_heads=D // 64,  # heads are 64 wide in all official models
+        mlp_ratio=4.0 if swiglu else shapes["blocks.0.mlp.fc1.weight"][0] / D,
+        ffn="swiglu" if swiglu else "mlp",
+        patch_size=P,
+        image_size=math.isqrt(shapes["pos_embed"][1] - 1) * P,
+        in_chans=C,
+        **({"num_register_tokens": registers} if registers else _NO_REGISTERS),
+    )
+
+
+def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLike, labels: list[str] | None = None):
+    """Write a model to a .safetensors file that `load` reads: tensors, config and class names; whole or not at all.
+
+    labels (by default the model's own) are those of a classifier, in the order of its logits.
+    """
+    labels = labels or getattr(model, "labels", None)
+    if labels and len(labels) != model.linear_head.out_features:
+        raise ValueError(f"{len(labels)} labels for {model.linear_head.out_features} classes")
+    config = dataclasses.asdict(getattr(model, "backbone", model).config)
+    metadata = {"format": "pt", "config": json.dumps(config), "labels": json.dumps(labels)}
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        part = Path(folder, "part")
+        save_file(tensors, part, metadata)
+        os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """The files that paths name, and in place of each folder the images anywhere below it, sorted."""
+    files = []
+    for path in map(Path, paths):
+        inside = path.rglob("*") if path.is_dir() else ()
+        files += sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES) or [path]
+    return files
+
+
+@torch.inference_mode()
+def classify(
+    model: LinearClassifier, paths: Sequence[str | os.PathLike], size: int, batch_size: int = 8
+) -> Iterator[Tensor | Exception]:
+    """For each image file in turn: its class probabilities (num_classes,), float32; or why it could not be read."""
+
+    def read(path: str | os.PathLike) -> Tensor | Exception:
+        try:
+            return preprocess(path, size)
+        except Exception as error:  # of any kind: PIL's plugins are many
+            return error
+
+    device = model.linear_head.weight.device
+    batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.map(read, batches[0])
+        for following in [*batches[1:], ()]:
+            images = list(ahead)
+            ahead = pool.map(read, following)  # is read while these are computed
+            tensors = [image for image in images if isinstance(image, Tensor)]
+            if tensors:
+                logits = model(torch.stack(tensors).to(device))
+                probabilities = iter(logits.float().softmax(dim=-1).cpu())
+            for image in images:
+                yield next(probabilities) if isinstance(image, Tensor) else image
+
+
+def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int) -> dict:
+    """What is said of one image: its most probable classes, or why it could not be read."""
+    if isinstance(result, Exception):
+        return {"image": str(path), "error": getattr(result, "strerror", None) or str(result) or repr(result)}
+    probabilities, indices = (x.tolist() for x in result.topk(min(top, len(result))))
+    predictions = [{"index": i, "label": str(labels[i]), "probability": p} for i, p in zip(indices, probabilities)]
+    return {"image": str(path), "predictions": predictions}
+
+
+def run(args: argparse.Namespace) -> int:
+    source = args.weights or args.model
+    model = load(source, args.layers, args.device, getattr(torch, args.dtype))
+    if not isinstance(model, LinearClassifier):
+        raise ValueError(f"{source} has no classifier; official models with one have names that end in _lc")
+    size, patch_size = args.size or model.backbone.config.crop_size, model.backbone.patch_size
+    if size % patch_size:
+        raise ValueError(f"--size must be a multiple of {patch_size}, got {size}")
+    labels = model.labels or range(model.linear_head.out_features)
+
+    paths = find_images(args.images)
+    width = max(len(str(path)) for path in paths)
+    progress = sys.stderr.isatty() and len(paths) > args.batch_size
+    failed = 0
+    for done, result in enumerate(classify(model, paths, size, args.batch_size)):
+        said = describe(paths[done], result, labels, args.top)
+        failed += "error" in said
+        if progress:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if args.json:
+            print(json.dumps(said), flush=True)
+        elif "error" in said:
+            print(f"dinoreg: {said['image']}: {said['error']}", file=sys.stderr, flush=True)
+        else:
+            for i, prediction in enumerate(said["predictions"]):
+                name = "" if i else said["image"]
+                print(f"{name:{width}}  {prediction['probability']:6.1%}  {prediction['label']}", flush=True)
+        if progress and done + 1 < len(paths):
+            print(f"{done + 1}/{len(paths)}", end="", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Classify images: 0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+
+    def positive(text: str) -> int:
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        return int(text)
+
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        prog="dinoreg",
+        description="Say what is in images, with DINOv2 with registers.",
+        epilog="example: python -m dinoreg photo.jpg holidays/ --model vitb14_reg_lc --top 3",
+    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    add("--model", default="vits14_reg_lc", help="an official classifier (default: %(default)s)")
+    add("--weights", metavar="FILE", help="the file of another classifier, instead")
+    add("--layers", type=int, choices=(1, 4), default=4, help="how many layers the official one uses (default: 4)")
+    add("--top", type=positive, default=5, metavar="K", help="how many classes to name (default: 5)")
+    add("--size", type=positive, metavar="PIXELS", help="side of the square that it sees (default: the model's)")
+    add("--device", default=best, help="cpu, cuda, cuda:1, mps, ... (default: the best there is, here %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
+    add("--batch-size", type=positive, default=8, metavar="B", help="images computed at once (default: 8)")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except BrokenPipeError:  # as in `dinoreg ... | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # a file, the network, a device
+        print("dinoreg:", str(error).partition("\n")[0], file=sys.stderr)
+        return 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The classes of ImageNet-1k, in the order of the logits
+
+IMAGENET_CLASSES = """
+tench, goldfish, great white shark, tiger shark, hammerhead, electric ray, stingray, rooster, hen, ostrich, brambling,
+goldfinch, house finch, junco, indigo bunting, robin, bulbul, jay, magpie, chickadee, water ouzel, kite (bird), bald
+eagle, vulture, great grey owl, European fire salamander, common newt, eft, spotted salamander, axolotl, bullfrog,
+tree frog, tailed frog, loggerhead, leatherback turtle, mud turtle, terrapin, box turtle, banded gecko, common iguana,
+American chameleon, whiptail, agama, frilled lizard, alligator lizard, Gila monster, green lizard, African chameleon,
+Komodo dragon, African crocodile, American alligator, triceratops, thunder snake, ringneck snake, hognose snake, green
+snake, king snake, garter snake, water snake, vine snake, night snake, boa constrictor, rock python, Indian cobra,
+green mamba, sea snake, horned viper, diamondback, sidewinder, trilobite, harvestman, scorpion, black and gold garden
+spider, barn spider, garden spider, black widow, tarantula, wolf spider, tick, centipede, black grouse, ptarmigan,
+ruffed grouse, prairie chicken, peacock, quail, partridge, African grey, macaw, sulphur-crested cockatoo, lorikeet,
+coucal, bee eater, hornbill, hummingbird, jacamar, toucan, drake, red-breasted merganser, goose, black swan, tusker,
+echidna, platypus, wallaby, koala, wombat, jellyfish, sea anemone, brain coral, flatworm, nematode, conch, snail,
+slug, sea slug, chiton, chambered nautilus, Dungeness crab, rock crab, fiddler crab, king crab, American lobster,
+spiny lobster, crayfish, hermit crab, isopod, white stork, black stork, spoonbill, flamingo, little blue heron,
+American egret, bittern, crane (bird), limpkin, European gallinule, American coot, bustard, ruddy turnstone,
+red-backed sandpiper, redshank, dowitcher, oystercatcher, pelican, king penguin, albatross, grey whale, killer whale,
+dugong, sea lion, Chihuahua, Japanese spaniel, Maltese dog, Pekinese, Shih-Tzu, Blenheim spaniel, papillon, toy
+terrier, Rhodesian ridgeback, Afghan hound, basset, beagle, bloodhound, bluetick, black-and-tan coonhound, Walker
+hound, English foxhound, redbone, borzoi, Irish wolfhound, Italian greyhound, whippet, Ibizan hound, Norwegian
+elkhound, otterhound, Saluki, Scottish deerhound, Weimaraner, Staffordshire bullterrier, American Staffordshire
+terrier, Bedlington terrier, Border terrier, Kerry blue terrier, Irish terrier, Norfolk terrier, Norwich terrier,
+Yorkshire terrier, wire-haired fox terrier, Lakeland terrier, Sealyham terrier, Airedale, cairn, Australian terrier,
+Dandie Dinmont, Boston bull, miniature schnauzer, giant schnauzer, standard schnauzer, Scotch terrier, Tibetan
+terrier, silky terrier, soft-coated wheaten terrier, West Highland white terrier, Lhasa, flat-coated retriever,
+curly-coated retriever, golden retriever, Labrador retriever, Chesapeake Bay retriever, German short-haired pointer,
+vizsla, English setter, Irish setter, Gordon setter, Brittany spaniel, clumber, English springer, Welsh springer
+spaniel, cocker spaniel, Sussex spaniel, Irish water spaniel, kuvasz, schipperke, groenendael, malinois, briard,
+kelpie, komondor, Old English sheepdog, Shetland sheepdog, collie, Border collie, Bouvier des Flandres, Rottweiler,
+German shepherd, Doberman, miniature pinscher, Greater Swiss Mountain dog, Bernese mountain dog, Appenzeller,
+EntleBucher, boxer, bull mastiff, Tibetan mastiff, French bulldog, Great Dane, Saint Bernard, Eskimo dog, malamute,
+Siberian husky, dalmatian, affenpinscher, basenji, pug, Leonberg, Newfoundland, Great Pyrenees, Samoyed, Pomeranian,
+chow, keeshond, Brabancon griffon, Pembroke Welsh corgi, Cardigan Welsh corgi, toy poodle, miniature poodle, standard
+poodle, Mexican hairless, timber wolf, white wolf, red wolf, coyote, dingo, dhole, African hunting dog, hyena, red
+fox, kit fox, Arctic fox, grey fox, tabby, tiger cat, Persian cat, Siamese cat, Egyptian cat, cougar, lynx, leopard,
+snow leopard, jaguar, lion, tiger, cheetah, brown bear, American black bear, ice bear, sloth bear, mongoose, meerkat,
+tiger beetle, ladybug, ground beetle, long-horned beetle, leaf beetle, dung beetle, rhinoceros beetle, weevil, fly,
+bee, ant, grasshopper, cricket, walking stick, cockroach, mantis, cicada, leafhopper, lacewing, dragonfly, damselfly,
+admiral, ringlet, monarch, cabbage butterfly, sulphur butterfly, lycaenid, starfish, sea urchin, sea cucumber, wood
+rabbit, hare, Angora, hamster, porcupine, fox squirrel, marmot, beaver, guinea pig, sorrel, zebra, hog, wild boar,
+warthog, hippopotamus, ox, water buffalo, bison, ram, bighorn, ibex, hartebeest, impala, gazelle, Arabian camel,
+llama, weasel, mink, polecat, black-footed ferret, otter, skunk, badger, armadillo, three-toed sloth, orangutan,
+gorilla, chimpanzee, gibbon, siamang, guenon, patas, baboon, macaque, langur, colobus, proboscis monkey, marmoset,
+capuchin, howler monkey, titi, spider monkey, squirrel monkey, Madagascar cat, indri, Indian elephant, African
+elephant, lesser panda, giant panda, barracouta, eel, coho, rock beauty, anemone fish, sturgeon, gar, lionfish,
+puffer, abacus, abaya, academic gown, accordion, acoustic guitar, aircraft carrier, airliner, airship, altar,
+ambulance, amphibian, analog clock, apiary, apron, ashcan, assault rifle, backpack, bakery, balance beam, balloon,
+ballpoint, Band Aid, banjo, bannister, barbell, barber chair, barbershop, barn, barometer, barrel, barrow, baseball,
+basketball, bassinet, bassoon, bathing cap, bath towel, bathtub, beach wagon, beacon, beaker, bearskin, beer bottle,
+beer glass, bell cote, bib, bicycle-built-for-two, bikini, binder, binoculars, birdhouse, boathouse, bobsled, bolo
+tie, bonnet, bookcase, bookshop, bottlecap, bow, bow tie, brass, brassiere, breakwater, breastplate, broom, bucket,
+buckle, bulletproof vest, bullet train, butcher shop, cab, caldron, candle, cannon, canoe, can opener, cardigan, car
+mirror, carousel, carpenter's kit, carton, car wheel, cash machine, cassette, cassette player, castle, catamaran, CD
+player, cello, cellular telephone, chain, chainlink fence, chain mail, chain saw, chest, chiffonier, chime, china
+cabinet, Christmas stocking, church, cinema, cleaver, cliff dwelling, cloak, clog, cocktail shaker, coffee mug,
+coffeepot, coil, combination lock, computer keyboard, confectionery, container ship, convertible, corkscrew, cornet,
+cowboy boot, cowboy hat, cradle, crane (machine), crash helmet, crate, crib, Crock Pot, croquet ball, crutch, cuirass,
+dam, desk, desktop computer, dial telephone, diaper, digital clock, digital watch, dining table, dishrag, dishwasher,
+disk brake, dock, dogsled, dome, doormat, drilling platform, drum, drumstick, dumbbell, Dutch oven, electric fan,
+electric guitar, electric locomotive, entertainment center, envelope, espresso maker, face powder, feather boa, file,
+fireboat, fire engine, fire screen, flagpole, flute, folding chair, football helmet, forklift, fountain, fountain pen,
+four-poster, freight car, French horn, frying pan, fur coat, garbage truck, gasmask, gas pump, goblet, go-kart, golf
+ball, golfcart, gondola, gong, gown, grand piano, greenhouse, grille, grocery store, guillotine, hair slide, hair
+spray, half track, hammer, hamper, hand blower, hand-held computer, handkerchief, hard disc, harmonica, harp,
+harvester, hatchet, holster, home theater, honeycomb, hook, hoopskirt, horizontal bar, horse cart, hourglass, iPod,
+iron, jack-o'-lantern, jeans, jeep, jersey, jigsaw puzzle, jinrikisha, joystick, kimono, knee pad, knot, lab coat,
+ladle, lampshade, laptop, lawn mower, lens cap, letter opener, library, lifeboat, lighter, limousine, liner, lipstick,
+Loafer, lotion, loudspeaker, loupe, lumbermill, magnetic compass, mailbag, mailbox, maillot, tank suit, manhole cover,
+maraca, marimba, mask, matchstick, maypole, maze, measuring cup, medicine chest, megalith, microphone, microwave,
+military uniform, milk can, minibus, miniskirt, minivan, missile, mitten, mixing bowl, mobile home, Model T, modem,
+monastery, monitor, moped, mortar, mortarboard, mosque, mosquito net, motor scooter, mountain bike, mountain tent,
+computer mouse, mousetrap, moving van, muzzle, nail, neck brace, necklace, nipple, notebook, obelisk, oboe, ocarina,
+odometer, oil filter, organ, oscilloscope, overskirt, oxcart, oxygen mask, packet, paddle, paddlewheel, padlock,
+paintbrush, pajama, palace, panpipe, paper towel, parachute, parallel bars, park bench, parking meter, passenger car,
+patio, pay-phone, pedestal, pencil box, pencil sharpener, perfume, Petri dish, photocopier, pick, pickelhaube, picket
+fence, pickup, pier, piggy bank, pill bottle, pillow, ping-pong ball, pinwheel, pirate, pitcher, hand plane,
+planetarium, plastic bag, plate rack, plow, plunger, Polaroid camera, pole, police van, poncho, pool table, pop
+bottle, flowerpot, potter's wheel, power drill, prayer rug, printer, prison, projectile, projector, puck, punching
+bag, purse, quill, quilt, racer, racket, radiator, radio, radio telescope, rain barrel, recreational vehicle, reel,
+reflex camera, refrigerator, remote control, restaurant, revolver, rifle, rocking chair, rotisserie, rubber eraser,
+rugby ball, rule, running shoe, safe, safety pin, saltshaker, sandal, sarong, saxophone, scabbard, scale, school bus,
+schooner, scoreboard, screen, screw, screwdriver, seat belt, sewing machine, shield, shoe shop, shoji, shopping
+basket, shopping cart, shovel, shower cap, shower curtain, ski, ski mask, sleeping bag, slide rule, sliding door,
+slot, snorkel, snowmobile, snowplow, soap dispenser, soccer ball, sock, solar dish, sombrero, soup bowl, space bar,
+space heater, space shuttle, spatula, speedboat, spider web, spindle, sports car, spotlight, stage, steam locomotive,
+steel arch bridge, steel drum, stethoscope, stole, stone wall, stopwatch, stove, strainer, streetcar, stretcher,
+studio couch, stupa, submarine, suit, sundial, sunglass, sunglasses, sunscreen, suspension bridge, swab, sweatshirt,
+swimming trunks, swing, switch, syringe, table lamp, tank, tape player, teapot, teddy, television, tennis ball,
+thatch, theater curtain, thimble, thresher, throne, tile roof, toaster, tobacco shop, toilet seat, torch, totem pole,
+tow truck, toyshop, tractor, trailer truck, tray, trench coat, tricycle, trimaran, tripod, triumphal arch, trolleybus,
+trombone, tub, turnstile, typewriter keyboard, umbrella, unicycle, upright, vacuum, vase, vault, velvet, vending
+machine, vestment, viaduct, violin, volleyball, waffle iron, wall clock, wallet, wardrobe, warplane, washbasin,
+washer, water bottle, water jug, water tower, whiskey jug, whistle, wig, window screen, window shade, Windsor tie,
+wine bottle, wing, wok, wooden spoon, wool, worm fence, wreck, yawl, yurt, web site, comic book, crossword puzzle,
+street sign, traffic light, book jacket, menu, plate, guacamole, consomme, hot pot, trifle, ice cream, ice lolly,
+French loaf, bagel, pretzel, cheeseburger, hotdog, mashed potato, head cabbage, broccoli, cauliflower, zucchini,
+spaghetti squash, acorn squash, butternut squash, cucumber, artichoke, bell pepper, cardoon, mushroom, Granny Smith,
+strawberry, orange, lemon, fig, pineapple, banana, jackfruit, custard apple, pomegranate, hay, carbonara, chocolate
+sauce, dough, meat loaf, pizza, potpie, burrito, red wine, espresso, cup, eggnog, alp, bubble, cliff, coral reef,
+geyser, lakeside, promontory, sandbar, seashore, valley, volcano, ballplayer, groom, scuba diver, rapeseed, daisy,
+yellow lady's slipper, corn, acorn, rose hip, buckeye, coral fungus, agaric, gyromitra, stinkhorn, earthstar,
+hen-of-the-woods, bolete, ear of corn, toilet tissue
+""".replace("\n", " ").strip().split(", ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

