@@ -179,7 +179,7 @@ def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
+        "mlp_ratio": int(config.mlp_ratio),
         "use_swiglu_ffn": config.ffn == "swiglu",
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,

@@ -33,7 +33,7 @@ import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +61,20 @@ class Config:
     mlp_ratio: float = 4.0  # hidden width of the feed-forward layer, in units of D
     ffn: str = "mlp"  # "mlp" or "swiglu"
     patch_size: int = 14  # pixels
-    image_size: int = 518  # pixels: the side of the square images whose patch grid the position embedding was trained on
+    image_size: int | tuple[int, int] = 518  # pixels: side, or (H, W), of the images the position embedding is made for
     crop_size: int = 224  # pixels: the side of the square that the evaluation transform cuts out
     in_chans: int = 3  # C
     num_register_tokens: int = 4  # R
     layerscale_init: float = 1.0  # as the official models are built; their training began at 1e-5
     drop_path_rate: float = 0.0  # stochastic depth of the last block in training; it grows linearly from 0 in the first
     interpolate_antialias: bool = True  # how the position embedding is resized to another grid
-    interpolate_offset: float = 0.0  # added to the wanted grid before the scale is computed (0.1 in models of 2023)
+    interpolate_offset: float = 0.0  # added to the wanted grid before the scale is computed
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the images that the position embedding is made for."""
+        H, W = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return H // self.patch_size, W // self.patch_size
 
 
 _CONFIGS = {
@@ -99,6 +105,22 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+# Images of several sizes go through the model side by side: the tokens of all are the rows of one matrix, which is all that
+# linear layers and norms need to know, and only attention takes them apart. Shapes are the (B, N) of each.
+Shapes = list[tuple[int, int]]
+
+
+def pack(parts: list[Tensor]) -> Tensor:
+    """[(B, N, D), ...] -> (1, sum of B * N, D)."""
+    return torch.cat([part.flatten(0, 1) for part in parts])[None]
+
+
+def unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
+    """(1, sum of B * N, D) -> [(B, N, D), ...]."""
+    parts = x[0].split([B * N for B, N in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes)]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
 
@@ -108,10 +130,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, A, N, D / A)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, shapes: Shapes | None = None, queries: int | None = None) -> Tensor:
+        """With shapes, x is what `pack` made of them, and each image looks at itself alone. With queries, only so many
+        first tokens of each image ask, and only theirs come out: (B, queries, D)."""
+        qkv = self.qkv(x)
+        x = self.attend(qkv, queries) if shapes is None else pack([self.attend(part) for part in unpack(qkv, shapes)])
+        return self.proj(x)
+
+    def attend(self, qkv: Tensor, queries: int | None = None) -> Tensor:
+        q, k, v = self.split_heads(qkv)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
+        return x.transpose(1, 2).flatten(2)
+
+    def rows(self, x: Tensor, queries: int) -> Tensor:
+        """The first rows of the attention matrices: (B, N, D) -> (B, A, queries, N), float32."""
+        q, k, _ = self.split_heads(self.qkv(x))
+        scores = q[:, :, :queries] @ k.mT / math.sqrt(q.shape[-1])
+        return scores.softmax(dim=-1, dtype=torch.float32)
+
+    def split_heads(self, qkv: Tensor) -> Tensor:
+        """(B, N, 3 D) -> q, k, v, each (B, A, N, D / A)."""
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Mlp(nn.Module):
@@ -161,15 +200,17 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+        factors = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate) for B, _ in shapes or [x.shape[:2]]]
+        if shapes is None:
+            return x * factors[0]
+        return x * pack([factor.expand(*shape, 1) for factor, shape in zip(factors, shapes)])
 
 
 class Block(nn.Module):
-    """Transformer block, pre-norm: (B, N, D) -> (B, N, D)."""
+    """Transformer block, pre-norm: (B, N, D) -> (B, N, D). For shapes and queries see `Attention`."""
 
     def __init__(self, config: Config, drop_path_rate: float = 0.0):
         super().__init__()
@@ -181,9 +222,9 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+    def forward(self, x: Tensor, shapes: Shapes | None = None, queries: int | None = None) -> Tensor:
+        x = x[:, :queries] + self.drop_path(self.ls1(self.attn(self.norm1(x), shapes, queries)), shapes)
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), shapes)
 
 
 class DinoVisionTransformer(nn.Module):
@@ -205,10 +246,10 @@ class DinoVisionTransformer(nn.Module):
         self.num_register_tokens = config.num_register_tokens
         self.grad_checkpointing = False  # True: training recomputes the blocks' activations instead of keeping them
 
-        D, R, grid = config.embed_dim, config.num_register_tokens, config.image_size // config.patch_size
+        D, R, (h, w) = config.embed_dim, config.num_register_tokens, config.grid
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid * grid, D))  # for CLS and patches; registers have none
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + h * w, D))  # for CLS and patches; registers have none
         self.register_tokens = nn.Parameter(torch.empty(1, R, D)) if R else None
         self.mask_token = nn.Parameter(torch.empty(1, D))
         drop_path_rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
@@ -234,20 +275,35 @@ class DinoVisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
         """The position embedding for a grid of h x w patches, resized in float32 if need be: (1, 1 + h * w, D)."""
-        grid = self.config.image_size // self.patch_size
-        if h == w == grid:
+        grid = self.config.grid
+        if (h, w) == grid:
             return self.pos_embed
-        # With an offset the scale is taken from it, and not from the sizes: the features of models that were trained
-        # so depend on the tiny shift that this makes.
+        # With an offset the scale comes from it, and not from the sizes: models that were trained so have grown used to
+        # the tiny shift that this makes.
         offset = self.config.interpolate_offset
-        target = {"scale_factor": ((h + offset) / grid, (w + offset) / grid)} if offset else {"size": (h, w)}
-        cls, patches = self.pos_embed.float().split([1, grid * grid], dim=1)
-        patches = patches.transpose(1, 2).unflatten(2, (grid, grid))  # (1, D, grid, grid)
+        target = {"scale_factor": ((h + offset) / grid[0], (w + offset) / grid[1])} if offset else {"size": (h, w)}
+        cls, patches = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:].float()
+        # Channels last: in the other layout PyTorch (2.14) resizes wrongly to a single column of patches.
+        patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         patches = F.interpolate(patches, mode="bicubic", antialias=self.config.interpolate_antialias, **target)
-        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+        return torch.cat([cls, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(self.pos_embed.dtype)
 
-    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Images to tokens: (B, C, H, W) -> (B, N, D). Patches where masks (B, h * w; bool) is True are replaced."""
+    @torch.no_grad()
+    def fix_image_size(self, H: int, W: int) -> None:
+        """Resize the position embedding to images of H x W pixels for good: then no forward of such images does.
+
+        This is for export, which so sees no bicubic resize, and for many images of one size.
+        """
+        self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size))
+        self.config = dataclasses.replace(self.config, image_size=(H, W))
+
+    def prepare_tokens_with_masks(self, x: Tensor | list, masks: Tensor | list | None = None) -> Tensor | list:
+        """Images to tokens: (B, C, H, W) -> (B, N, D). Patches where masks (B, h * w; bool) is True are replaced.
+
+        A list of images, with a list of masks or None, gives a list.
+        """
+        if isinstance(x, list):
+            return [self.prepare_tokens_with_masks(*pair) for pair in zip(x, masks or [None] * len(x))]
         C, P = self.config.in_chans, self.patch_size
         if x.ndim != 4 or x.shape[1] != C:
             raise ValueError(f"images must have shape (B, {C}, H, W), got {tuple(x.shape)}")
@@ -265,13 +321,20 @@ class DinoVisionTransformer(nn.Module):
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # (1, 1 + R, D)
         return torch.cat([prefix.expand(len(x), -1, -1), patches + pos_embed[:, 1:]], dim=1)
 
-    def run_blocks(self, x: Tensor, wanted: set[int]) -> list[Tensor]:
-        """Tokens (B, N, D) through the blocks: those after each block whose index is wanted, in block order."""
+    def run_blocks(self, x: Tensor | list[Tensor], wanted: Collection[int]) -> list:
+        """Tokens (B, N, D), or a list of such, through the blocks: what comes out of each wanted one, in block order."""
+        shapes = None
+        if isinstance(x, list):
+            shapes = [part.shape[:2] for part in x]
+            x = pack(x)
         outputs = []
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, shapes, use_reentrant=False)
+            else:
+                x = block(x, shapes)
             if i in wanted:
-                outputs.append(x)
+                outputs.append(x if shapes is None else unpack(x, shapes))
         return outputs
 
     def split_tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,13 +342,7 @@ class DinoVisionTransformer(nn.Module):
         R = self.num_register_tokens
         return x[:, 0], x[:, 1 : 1 + R], x[:, 1 + R :]
 
-    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
-        """All that the model has to say about images (B, C, H, W); patches under masks (B, h * w; bool) are hidden.
-
-        x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
-        final norm; x_prenorm (B, N, D) has all of them before it; masks is the argument.
-        """
-        (x,) = self.run_blocks(self.prepare_tokens_with_masks(x, masks), wanted={self.n_blocks - 1})
+    def name_features(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
         cls, registers, patches = self.split_tokens(self.norm(x))
         return {
             "x_norm_clstoken": cls,
@@ -295,15 +352,34 @@ class DinoVisionTransformer(nn.Module):
             "masks": masks,
         }
 
+    def forward_features(self, x: Tensor | list[Tensor], masks: Tensor | list | None = None) -> dict | list[dict]:
+        """All that the model has to say about images (B, C, H, W); patches under masks (B, h * w; bool) are hidden.
+
+        x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
+        final norm; x_prenorm (B, N, D) has all of them before it; masks is the argument. A list of images of several
+        sizes, with a list of masks or None, goes through in one pass and gives a list.
+        """
+        (tokens,) = self.run_blocks(self.prepare_tokens_with_masks(x, masks), wanted=[self.n_blocks - 1])
+        if isinstance(x, list):
+            return [self.name_features(*pair) for pair in zip(tokens, masks or [None] * len(x))]
+        return self.name_features(tokens, masks)
+
     def forward(self, x: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Tensor | dict:
         """Images (B, C, H, W) -> normalised CLS token (B, D); or, if is_training, what `forward_features` returns."""
         features = self.forward_features(x, masks)
         return features if is_training else self.head(features["x_norm_clstoken"])
 
+    def embed(self, x: Tensor) -> Tensor:
+        """What `forward` returns, (B, D), without the work that the last block does for other tokens' sake."""
+        x = self.prepare_tokens_with_masks(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.norm(self.blocks[-1](x, queries=1))[:, 0]
+
     def get_intermediate_layers(
         self,
         x: Tensor,
-        n: int | Sequence[int] = 1,
+        n: int | Collection[int] = 1,
         reshape: bool = False,
         return_class_token: bool = False,
         norm: bool = True,
@@ -314,8 +390,8 @@ class DinoVisionTransformer(nn.Module):
         CLS token (B, D) if return_class_token. Raises a ValueError for a block that there is not.
         """
         blocks = range(self.n_blocks)
-        wanted = set(blocks[-n:] if isinstance(n, int) else n)
-        if not wanted or not wanted.issubset(blocks) or isinstance(n, int) and not 1 <= n <= self.n_blocks:
+        wanted = blocks[-n:] if isinstance(n, int) else n
+        if not wanted or not set(wanted).issubset(blocks) or isinstance(n, int) and not 1 <= n <= self.n_blocks:
             raise ValueError(f"n must be 1 to {self.n_blocks}, or list indices of the {self.n_blocks} blocks, got {n}")
 
         outputs = self.run_blocks(self.prepare_tokens_with_masks(x), wanted)
@@ -325,12 +401,35 @@ class DinoVisionTransformer(nn.Module):
             outputs = [(cls, _, patches.mT.unflatten(2, (h, -1)).contiguous()) for cls, _, patches in outputs]
         return tuple((patches, cls) if return_class_token else patches for cls, _, patches in outputs)
 
+    def attention_maps(self, x: Tensor, layer: int | Sequence[int] = -1) -> Tensor | list[Tensor]:
+        """How CLS and each register look at the patches of images (B, C, H, W): (B, A, 1 + R, h, w), float32.
+
+        These are the rows of the attention matrix of a block (layer, counted from the end if negative; several give a
+        list), the softmax being over all tokens; nothing else of any such matrix is ever made.
+        """
+        layers = [layer] if isinstance(layer, int) else layer
+        if not layers or not all(-self.n_blocks <= i < self.n_blocks for i in layers):
+            raise ValueError(f"layer must be one or more of the {self.n_blocks} blocks, got {layer}")
+        wanted = [i % self.n_blocks for i in layers]
+        special = 1 + self.num_register_tokens
+        h = x.shape[2] // self.patch_size
+
+        x, maps = self.prepare_tokens_with_masks(x), {}
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+            if i in wanted:
+                rows = block.attn.rows(block.norm1(x), queries=special)
+                maps[i] = rows[..., special:].unflatten(-1, (h, -1))
+            if i < max(wanted):
+                x = block(x)
+        return maps[wanted[0]] if isinstance(layer, int) else [maps[i] for i in wanted]
+
 
 class LinearClassifier(nn.Module):
     """A linear layer on a backbone's features, as in the official `dinov2_*_lc`: (B, C, H, W) -> (B, num_classes).
 
-    `layers` (officially 1 or 4) says from how many of the last blocks the CLS token is taken. `labels` names the
-    classes; None, if nobody did.
+    It sees the CLS token after each of the last `layers` blocks (officially 1 or 4), and the mean of the patches, not of
+    the registers, after the last. A list of images of several sizes goes through in one pass and gives as many rows as
+    there are images. `labels` names the classes; None, if nobody did.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, num_classes: int, layers: int = 1):
@@ -342,13 +441,20 @@ class LinearClassifier(nn.Module):
         nn.init.normal_(self.linear_head.weight, std=0.01)
         nn.init.zeros_(self.linear_head.bias)
 
-    def linear_input(self, x: Tensor) -> Tensor:
-        """What the linear layer sees of images: each block's CLS token and the last block's mean patch (not register)."""
-        outputs = self.backbone.get_intermediate_layers(x, n=self.layers, return_class_token=True)
-        patches = outputs[-1][0].mean(dim=1)
-        return torch.cat([*(cls for _, cls in outputs), patches], dim=1)  # (B, (layers + 1) * D)
+    def linear_input(self, x: Tensor | list[Tensor]) -> Tensor:
+        """What the linear layer sees of images: (B, C, H, W) -> (B, (layers + 1) * D)."""
+        last = range(self.backbone.n_blocks)[-self.layers :]
+        outputs = self.backbone.run_blocks(self.backbone.prepare_tokens_with_masks(x), last)
+        if isinstance(x, list):
+            return torch.cat([self.summarise(image) for image in zip(*outputs)])
+        return self.summarise(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def summarise(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Tokens (B, N, D) after each of the last blocks -> (B, (layers + 1) * D)."""
+        outputs = [self.backbone.split_tokens(self.backbone.norm(tokens)) for tokens in outputs]
+        return torch.cat([*(cls for cls, _, _ in outputs), outputs[-1][2].mean(dim=1)], dim=1)
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         return self.linear_head(self.linear_input(x))
 
 
@@ -429,12 +535,10 @@ def load(
     name = str(name_or_path).removeprefix("dinov2_")
     arch = name.removesuffix("_lc")
     if arch not in CONFIGS:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, and no model of this name; those are {', '.join(CONFIGS)}")
+        path = name_or_path
         tensors, metadata = read_tensors(path)
         config, labels = (json.loads(metadata.get(key, "null")) for key in ("config", "labels"))
-        config = Config(**config) if config else None
+        config = Config(**{key: tuple(x) if isinstance(x, list) else x for key, x in config.items()}) if config else None
     else:
         if layers not in (1, 4):
             raise ValueError(f"the official classifiers look at 1 or 4 layers, not {layers}")
@@ -475,12 +579,17 @@ def download(url: str) -> Path:
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a .safetensors or .pth file holds, mapped and not read: tensors and metadata. Raises ValueError if nothing."""
+    """What a .safetensors or .pth file holds, mapped and not read: a state dict, and metadata.
+
+    Raises FileNotFoundError, or ValueError if the file is no checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file, and no model of this name (the backbones: {', '.join(CONFIGS)})")
     try:
         if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))), {}
     except Exception as error:  # of a dozen kinds
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
@@ -581,13 +690,17 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 @torch.inference_mode()
 def classify(
-    model: LinearClassifier, paths: Sequence[str | os.PathLike], size: int, batch_size: int = 8
+    model: LinearClassifier,
+    paths: Sequence[str | os.PathLike],
+    size: int,
+    keep_aspect: bool = False,
+    batch_size: int = 8,
 ) -> Iterator[Tensor | Exception]:
     """For each image file in turn: its class probabilities (num_classes,), float32; or why it could not be read."""
 
     def read(path: str | os.PathLike) -> Tensor | Exception:
         try:
-            return preprocess(path, size)
+            return preprocess(path, size, keep_aspect, model.backbone.patch_size)
         except Exception as error:  # of any kind: PIL's plugins are many
             return error
 
@@ -598,9 +711,9 @@ def classify(
         for following in [*batches[1:], ()]:
             images = list(ahead)
             ahead = pool.map(read, following)  # is read while these are computed
-            tensors = [image for image in images if isinstance(image, Tensor)]
+            tensors = [image[None].to(device) for image in images if isinstance(image, Tensor)]
             if tensors:
-                logits = model(torch.stack(tensors).to(device))
+                logits = model(tensors if keep_aspect else torch.cat(tensors))
                 probabilities = iter(logits.float().softmax(dim=-1).cpu())
             for image in images:
                 yield next(probabilities) if isinstance(image, Tensor) else image
@@ -629,7 +742,7 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(str(path)) for path in paths)
     progress = sys.stderr.isatty() and len(paths) > args.batch_size
     failed = 0
-    for done, result in enumerate(classify(model, paths, size, args.batch_size)):
+    for done, result in enumerate(classify(model, paths, size, args.keep_aspect, args.batch_size)):
         said = describe(paths[done], result, labels, args.top)
         failed += "error" in said
         if progress:
@@ -668,6 +781,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--layers", type=int, choices=(1, 4), default=4, help="how many layers the official one uses (default: 4)")
     add("--top", type=positive, default=5, metavar="K", help="how many classes to name (default: 5)")
     add("--size", type=positive, metavar="PIXELS", help="side of the square that it sees (default: the model's)")
+    add("--keep-aspect", action="store_true", help="see the whole image, of as many pixels, and not its central square")
     add("--device", default=best, help="cpu, cuda, cuda:1, mps, ... (default: the best there is, here %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
     add("--batch-size", type=positive, default=8, metavar="B", help="images computed at once (default: 8)")

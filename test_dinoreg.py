@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import convert_weights
 import dinoreg
 from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier, preprocess
 
@@ -31,14 +32,18 @@ TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, c
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
 
 
-def randomised(config: Config, seed: int = 0) -> DinoVisionTransformer:
-    """A model in which no parameter has a value that could hide a mistake, such as a LayerScale of 1."""
-    torch.manual_seed(seed)
-    model = DinoVisionTransformer(config).eval()
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Give every parameter a value that hides no mistake, as a LayerScale of 1 or a bias of 0 would."""
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.15) + 0.05)
-    return model
+            spread = parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.3
+            parameter.copy_(torch.randn_like(parameter) * spread + 0.02)
+    return model.eval()
+
+
+def randomised(config: Config) -> DinoVisionTransformer:
+    return randomise(DinoVisionTransformer(config))
 
 
 def scaled_error(actual, expected) -> float:
@@ -77,7 +82,7 @@ def resize_matrix(size, new_size, antialias, offset):
 
 
 def reference(model, images, masks=None):
-    """All tokens after each block, before and after the final norm: two lists of (B, N, D), in float64."""
+    """What each block gives, in float64: all tokens (B, N, D) before and after the final norm, attention (B, A, N, N)."""
     config, p = model.config, {key: value.double().numpy() for key, value in model.state_dict().items()}
     D, P, A = config.embed_dim, config.patch_size, config.num_heads
     B, C, H, W = images.shape
@@ -96,11 +101,13 @@ def reference(model, images, masks=None):
 
     def attention(x, name):
         q, k, v = np.split(linear(x, f"{name}.qkv"), 3, axis=-1)
-        heads = []
+        heads, probabilities = [], []
         for a in range(A):
             channels = slice(a * D // A, (a + 1) * D // A)
             scores = q[..., channels] @ k[..., channels].transpose(0, 2, 1) / math.sqrt(D / A)
-            heads.append(softmax(scores) @ v[..., channels])
+            probabilities.append(softmax(scores))
+            heads.append(probabilities[-1] @ v[..., channels])
+        maps.append(np.stack(probabilities, axis=1))
         return linear(np.concatenate(heads, axis=-1), f"{name}.proj")
 
     def feed_forward(x, name):
@@ -123,16 +130,16 @@ def reference(model, images, masks=None):
     first = [p["cls_token"][0] + p["pos_embed"][0, :1], p.get("register_tokens", np.zeros((1, 0, D)))[0]]
     x = np.concatenate([np.broadcast_to(np.concatenate(first), (B, 1 + config.num_register_tokens, D)), x], axis=1)
 
-    raw, normed = [], []
+    raw, normed, maps = [], [], []
     for i in range(config.depth):
         x = x + p[f"blocks.{i}.ls1.gamma"] * attention(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn")
         x = x + p[f"blocks.{i}.ls2.gamma"] * feed_forward(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp")
         raw.append(x)
         normed.append(norm(x, "norm"))
-    return raw, normed
+    return raw, normed, maps
 
 
-@pytest.mark.parametrize("size", [(20, 20), (12, 12), (32, 32), (8, 24), (4, 4)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("size", [(20, 20), (12, 12), (32, 32), (8, 24), (12, 4), (4, 4)], ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN], ids=["registers", "plain"])
 def test_model_computes_the_equations(config, ffn, size):
@@ -141,7 +148,7 @@ def test_model_computes_the_equations(config, ffn, size):
     images = torch.randn(2, 3, *size)
     masks = torch.rand(2, size[0] * size[1] // 16) < 0.4
     for m in (None, masks):
-        raw, normed = reference(model, images, m)
+        raw, normed, maps = reference(model, images, m)
         with torch.inference_mode():
             out = model.forward_features(images, m)
         assert scaled_error(out["x_prenorm"], raw[-1]) < 1e-5
@@ -152,9 +159,14 @@ def test_model_computes_the_equations(config, ffn, size):
             assert scaled_error(out["x_norm_regtokens"], normed[-1][:, 1 : 1 + R]) < 1e-5
         assert out["masks"] is m
 
-    raw, normed = reference(model, images)
+    raw, normed, maps = reference(model, images)
     with torch.inference_mode():
         assert scaled_error(model(images), normed[-1][:, 0]) < 1e-5
+        assert scaled_error(model.embed(images), normed[-1][:, 0]) < 1e-5
+        for i, looks in enumerate(model.attention_maps(images, layer=[0, -2, 2])):
+            expected = maps[i][:, :, : 1 + R, 1 + R :].reshape(2, 4, 1 + R, size[0] // 4, size[1] // 4)
+            assert scaled_error(looks, expected) < 1e-5
+        assert torch.equal(model.attention_maps(images), looks)
         for expected, norm in ((raw, False), (normed, True)):
             layers = model.get_intermediate_layers(images, n=3, return_class_token=True, norm=norm)
             for (patches, cls), tokens in zip(layers, expected, strict=True):
@@ -181,6 +193,93 @@ def test_is_training_returns_the_features():
     features = model(images, is_training=True)
     assert list(features) == ["x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm", "masks"]
     assert torch.equal(features["x_norm_clstoken"], model(images))
+
+
+def test_attention_maps_of_blocks_that_there_are_not():
+    for layer in (3, -4, [0, 3], []):
+        with pytest.raises(ValueError, match="3 blocks"):
+            randomised(TINY).attention_maps(torch.zeros(1, 3, 8, 8), layer)
+
+
+def test_attention_maps_in_bfloat16_and_of_a_compiled_model():
+    model, images = randomised(TINY), torch.randn(2, 3, 8, 12)
+    with torch.inference_mode():
+        maps = model.attention_maps(images)
+        assert torch.equal(torch.compile(model, backend="eager").attention_maps(images), maps)
+        halves = model.to(torch.bfloat16).attention_maps(images)
+    assert halves.dtype == torch.float32 and 0 < scaled_error(halves, maps) < 0.1
+
+
+def mixed_images() -> tuple[list, list]:
+    torch.manual_seed(0)
+    images = [torch.randn(2, 3, 20, 20), torch.randn(1, 3, 8, 24), torch.randn(3, 3, 4, 4)]
+    return images, [torch.rand(2, 25) < 0.4, None, torch.rand(3, 1) < 0.4]
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_a_list_gives_what_its_images_give_alone(with_masks):
+    model = randomised(TINY)
+    images, masks = mixed_images()
+    masks = masks if with_masks else None
+    together = model.forward_features(images, masks)
+    alone = [model.forward_features(*pair) for pair in zip(images, masks or [None] * 3)]
+    for ours, theirs in zip(together, alone, strict=True):
+        for key in ("x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm"):
+            assert scaled_error(ours[key].detach(), theirs[key].detach()) < 1e-5
+        assert ours["masks"] is theirs["masks"]
+
+    gradients = []
+    for outputs in (together, alone):
+        model.zero_grad()
+        sum(out["x_norm_patchtokens"].square().mean() + out["x_norm_clstoken"].mean() for out in outputs).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40
+    assert all(scaled_error(gradients[0][key], gradients[1][key]) < 1e-4 for key in gradients[0])
+
+
+def test_a_list_in_a_classifier_and_in_training():
+    images, _ = mixed_images()
+    model = LinearClassifier(randomised(replace(TINY, drop_path_rate=0.5)), 7, layers=2).eval()
+    alone = torch.cat([model(x) for x in images])
+    assert alone.shape == (6, 7) and scaled_error(model(images).detach(), alone.detach()) < 1e-5
+    model.train()
+    for model.backbone.grad_checkpointing in (False, True):
+        model(images).sum().backward()
+
+
+def test_stochastic_depth_skips_each_image_of_a_list_by_itself():
+    shapes = [(2, 3), (500, 2)]
+    torch.manual_seed(0)
+    ones = [torch.ones(*shape, 4) for shape in shapes]
+    small, large = dinoreg.unpack(dinoreg.DropPath(0.5)(dinoreg.pack(ones), shapes), shapes)
+    for part in (small, large):
+        assert (part == part[:, :1, :1]).all() and set(part.unique().tolist()) <= {0, 2}
+    assert 0.8 < large.mean() < 1.2
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_PLAIN], ids=["registers", "plain"])
+def test_a_fixed_image_size_changes_nothing_but_leaves_no_resize(config, tmp_path):
+    images = torch.randn(2, 3, 8, 12)
+    model = randomised(config)
+    expected = model(images)
+    model.fix_image_size(8, 12)
+    assert torch.equal(model(images), expected)
+    graph = torch.export.export(model, (images,)).graph
+    assert not [node for node in graph.nodes if "upsample" in str(node.target)]
+    dinoreg.save(model, tmp_path / "fixed.safetensors")
+    loaded = dinoreg.load(tmp_path / "fixed.safetensors")
+    assert loaded.config == model.config and torch.equal(loaded(images), expected)
+
+
+def test_embed_works_through_lora():
+    peft = pytest.importorskip("peft")
+    model, images = randomised(TINY), torch.randn(2, 3, 8, 12)
+    before = model.embed(images)
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2, init_lora_weights=False))
+    assert scaled_error(lora.embed(images).detach(), lora(images).detach()) < 1e-6
+    assert scaled_error(lora.embed(images).detach(), before.detach()) > 1e-3
+    lora.embed(images).sum().backward()
+    assert model.blocks[-1].attn.qkv.lora_A["default"].weight.grad.any()
 
 
 # The state dicts of the official files: per block, then the rest.
@@ -257,7 +356,7 @@ def test_compiles_as_one_graph():
 def test_classifier_sees_cls_tokens_and_the_mean_patch(layers):
     model = LinearClassifier(randomised(TINY), 7, layers=layers).eval()
     images = torch.randn(2, 3, 8, 12)
-    _, normed = reference(model.backbone, images)
+    _, normed, _ = reference(model.backbone, images)
     inputs = np.concatenate([tokens[:, 0] for tokens in normed[-layers:]] + [normed[-1][:, 5:].mean(1)], axis=1)
     weight, bias = (p.detach().double().numpy() for p in model.linear_head.parameters())
     with torch.inference_mode():
@@ -591,7 +690,7 @@ def test_load_says_what_is_wrong(tmp_path, capsys):
         "empty.pth": "not a checkpoint",
         "payload.pth": "not a checkpoint",
         "other.pth": "no state dict with the official names",
-        "list.pth": "no state dict with the official names",
+        "list.pth": "not a checkpoint",
         "missing.pth": r"blocks.1.attn.proj.bias: found none, wanted \(32,\)",
         "unknown.pth": r"blocks.0.extra: found \(3,\), wanted none",
         "shape.pth": r"norm.bias: found \(7,\), wanted \(32,\)",
@@ -604,6 +703,154 @@ def test_load_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(ValueError, match="1 or 4 layers"):
         dinoreg.load("vits14_reg_lc", layers=2)
     assert "payload" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversion
+
+
+def converted(source, **kwargs):
+    model, dialect = convert_weights.read(str(source), **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("dialect", ["dinoreg", "official", "hf", "timm"])
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize("registers", [4, 0])
+def test_every_dialect_there_and_back(dialect, ffn, registers, tmp_path):
+    name = "vits14_reg" if registers else "vits14"
+    model = randomised(replace(CONFIGS[name], embed_dim=128, num_heads=2, depth=2, ffn=ffn, image_size=70))
+    output = tmp_path / {"hf": "folder", "official": "model.pth"}.get(dialect, "model.safetensors")
+    convert_weights.write(model, output, dialect)
+    back = converted(output)
+    assert back.config == model.config
+    if dialect == "timm":  # it has no mask token, and with registers it has the CLS token's position in the CLS token
+        images = torch.randn(1, 3, 28, 42)
+        assert scaled_error(back(images).detach(), model(images).detach()) < 1e-6
+        assert torch.equal(back.blocks[1].mlp.state_dict()[key := "w3.bias" if ffn == "swiglu" else "fc2.bias"],
+                           model.blocks[1].mlp.state_dict()[key])
+    else:
+        assert_same(back, model)
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_classifier_goes_to_hugging_face_and_back(tmp_path):
+    model = LinearClassifier(randomised(replace(TINY, crop_size=12)), 3, layers=1).eval()
+    model.labels = ["cat", "dog", "ü"]
+    convert_weights.write(model, tmp_path / "hf", "hf")
+    back = converted(tmp_path / "hf")
+    assert_same(back, model)
+    assert back.labels == model.labels and back.backbone.config == model.backbone.config
+    for dialect, message in [("hf", "see one layer"), ("timm", "see the CLS token alone")]:
+        with pytest.raises(ValueError, match=message):
+            convert_weights.write(tiny_classifier(), tmp_path / "other", dialect)
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_hugging_face_shards(suffix, tmp_path):
+    model = randomised(TINY)
+    tensors = convert_weights.from_official(model, "hf5")
+    keys = sorted(tensors)
+    for i in range(2):
+        shard = {key: tensors[key].contiguous() for key in keys[i::2]}
+        if suffix == "bin":
+            torch.save(shard, tmp_path / f"pytorch_model-0000{i}-of-00002.bin")
+        else:
+            dinoreg.save_file(shard, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    assert_same(converted(tmp_path), model)
+
+
+def test_a_training_checkpoint(tmp_path, capsys):
+    model = randomised(replace(TINY, embed_dim=64, num_heads=1))
+    chunk = {0: 0, 1: 1, 2: 1}  # blocks.1 and blocks.2 lie in the second chunk, under their own numbers
+    teacher = {
+        "backbone." + (f"blocks.{chunk[int(key[7])]}.{key[7:]}" if key.startswith("blocks.") else key): tensor
+        for key, tensor in model.state_dict().items()
+    }
+    teacher |= {"dino_head.mlp.0.weight": torch.zeros(2, 2), "ibot_head.last_layer.weight": torch.zeros(2, 2)}
+    torch.save({"teacher": teacher, "iteration": 10}, tmp_path / "teacher_checkpoint.pth")
+    assert_same(converted(tmp_path / "teacher_checkpoint.pth"), model)
+    assert "left out, beside the backbone: dino_head, ibot_head" in capsys.readouterr().err
+
+
+def test_an_official_backbone_with_head_and_labels(tmp_path):
+    backbone, head = randomised(replace(TINY, embed_dim=64, num_heads=1)), torch.nn.Linear(5 * 64, 3)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    (tmp_path / "labels.txt").write_text("cat\ndog\nbird\n")
+    arguments = [tmp_path / "backbone.pth", "--head", tmp_path / "head.pth", "--labels", tmp_path / "labels.txt"]
+    command = [sys.executable, "convert_weights.py", *arguments, "-o", tmp_path / "model.safetensors"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 0, result.stderr
+    count = sum(p.numel() for p in [*backbone.parameters(), *head.parameters()])
+    assert f"official -> dinoreg, {count:,} parameters" in result.stdout and "Config(embed_dim=64" in result.stdout
+    model = dinoreg.load(tmp_path / "model.safetensors")
+    assert model.layers == 4 and model.labels == ["cat", "dog", "bird"]
+    assert torch.equal(model.linear_head.weight, head.weight)
+
+
+def test_conversion_says_what_is_wrong(tmp_path, capsys):
+    state = convert_weights.from_official(randomised(TINY), "hf")
+    key = "encoder.layer.1.attention.attention.key.bias"
+    contents = {
+        "part.pth": {name: x for name, x in state.items() if name != key},
+        "unknown.pth": state | {"encoder.layer.0.extra": torch.zeros(3)},
+        "shape.pth": state | {"layernorm.bias": torch.zeros(7)},
+        "resnet.pth": {"conv1.weight": torch.zeros(3)},
+        "list.pth": [1, 2],
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "part.pth": f"part.pth: {key}: found none",
+        "unknown.pth": "unknown.pth: encoder.layer.0.extra: a DINOv2 in the hf dialect has no tensor of this name",
+        "shape.pth": "shape.pth: norm.bias: found (7,), wanted (32,)",
+        "resnet.pth": "resnet.pth: conv1.weight: a DINOv2 in the official dialect has no tensor of this name",
+        "list.pth": "list.pth: not a checkpoint",
+        "empty": "empty: neither *.safetensors nor pytorch_model*.bin in this folder",
+        "nowhere.pth": "nowhere.pth",
+    }.items():
+        assert convert_weights.main([str(tmp_path / name), "-o", str(tmp_path / "out.safetensors")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_repositories_of_the_hugging_face_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        convert_weights.read("someone/model")
+    monkeypatch.undo()
+    hub = pytest.importorskip("huggingface_hub")
+    convert_weights.write(randomised(TINY), tmp_path / "downloaded", "hf")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path / "downloaded"))
+    assert_same(converted("someone/model"), randomised(TINY))
+    assert asked == ["someone/model"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.hub
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hub_entry_points(name, monkeypatch):
+    monkeypatch.setitem(dinoreg.CONFIGS, name, TINY)
+    monkeypatch.delitem(sys.modules, "hubconf", raising=False)
+    backbone = torch.hub.load(str(HERE), f"dinov2_{name}", source="local", pretrained=False)
+    assert backbone.config == TINY and isinstance(backbone, DinoVisionTransformer)
+    for layers in (1, 4):
+        model = torch.hub.load(str(HERE), f"dinov2_{name}_lc", source="local", pretrained=False, layers=layers)
+        assert model.layers == layers and model.linear_head.out_features == 1000
+    loaded = []
+    monkeypatch.setattr(dinoreg, "load", lambda *args: loaded.append(args))
+    torch.hub.load(str(HERE), f"dinov2_{name}", source="local")
+    torch.hub.load(str(HERE), f"dinov2_{name}_lc", source="local")
+    torch.hub.load(str(HERE), f"dinov2_{name}_lc", source="local", layers=1)
+    assert loaded == [(name,), (f"{name}_lc", 4), (f"{name}_lc", 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -791,6 +1038,20 @@ def test_an_unreadable_image_is_reported_and_the_rest_goes_on(folder):
     assert str(folder / "c.jpg") in first and second.endswith(f"{folder / 'nowhere.jpg'}: No such file or directory")
 
 
+def test_the_whole_image(folder):
+    options = ["--weights", folder / "model.safetensors", "--json", "--keep-aspect"]
+    result = run(folder / "a.jpg", folder / "b.png", folder / "d.webp", *options)
+    model = dinoreg.load(folder / "model.safetensors")
+    for line in map(json.loads, result.stdout.splitlines()):
+        image = preprocess(line["image"], 16, keep_aspect=True, patch_size=4)
+        with torch.inference_mode():
+            probabilities = model(image[None]).softmax(dim=-1)[0]
+        assert image.shape[1:] == {"a.jpg": (12, 24), "b.png": (20, 12), "d.webp": (16, 16)}[Path(line["image"]).name]
+        for prediction in line["predictions"]:
+            assert prediction["probability"] == pytest.approx(probabilities[prediction["index"]].item(), abs=1e-5)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 3
+
+
 def test_size_and_dtype(folder):
     options = ["--weights", folder / "model.safetensors", "--json", "--size", 32, "--dtype", "bfloat16", "--device", "cpu"]
     result = run(folder / "b.png", *options)
@@ -867,6 +1128,194 @@ def test_a_closed_pipe_ends_it_quietly(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Parity with transformers and timm, all parameters random
+
+PEER_CONFIGS = {  # at their real width; L and g with fewer blocks
+    "s": CONFIGS["vits14_reg"],
+    "b": CONFIGS["vitb14_reg"],
+    "l": replace(CONFIGS["vitl14_reg"], depth=2),
+    "g": replace(CONFIGS["vitg14_reg"], depth=2),
+}
+PEER_SIZES = {"s": [(224, 224), (518, 518), (224, 336), (28, 14)], "b": [(224, 224), (518, 518), (98, 70)]}
+TOLERANCE = 1e-5  # of the largest value of an output: what is measured is 1e-6
+
+
+def hugging_face(config: Config, num_labels: int | None = None) -> torch.nn.Module:
+    """A model of transformers, built from the config that we write."""
+    transformers = pytest.importorskip("transformers")
+    ours = DinoVisionTransformer(config)
+    described = convert_weights.hf_config(ours) | ({"num_labels": num_labels} if num_labels else {})
+    stem = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
+    kind = "ForImageClassification" if num_labels else "Model"
+    hf_config = getattr(transformers, stem + "Config").from_dict(described)
+    return randomise(getattr(transformers, stem + kind)(hf_config))
+
+
+def timm_model(size: str, config: Config, **kwargs) -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    width = {"s": "small", "b": "base", "l": "large", "g": "giant"}[size]
+    registers = "_reg4" if config.num_register_tokens else ""
+    name = f"vit_{width}_patch14{registers}_dinov2"
+    return randomise(timm.create_model(name, depth=config.depth, dynamic_img_size=True, **{"num_classes": 0, **kwargs}))
+
+
+@pytest.mark.parametrize("size", PEER_CONFIGS)
+def test_hugging_face_computes_the_same(size, tmp_path):
+    peer = hugging_face(PEER_CONFIGS[size])
+    peer.save_pretrained(tmp_path)
+    model = converted(tmp_path)
+    assert model.config == PEER_CONFIGS[size]
+    for shape in PEER_SIZES.get(size, [(224, 224), (98, 70)]):
+        images = torch.randn(1, 3, *shape)
+        with torch.inference_mode():
+            theirs = peer(images, output_hidden_states=True)
+            features = model.forward_features(images)
+            states = model.run_blocks(model.prepare_tokens_with_masks(images), set(range(model.n_blocks)))
+        for ours, hidden in zip(states, theirs.hidden_states[1:], strict=True):
+            assert scaled_error(ours, hidden) < TOLERANCE
+        assert scaled_error(features["x_norm_clstoken"], theirs.pooler_output) < TOLERANCE
+        assert scaled_error(features["x_norm_regtokens"], theirs.last_hidden_state[:, 1:5]) < TOLERANCE
+        assert scaled_error(features["x_norm_patchtokens"], theirs.last_hidden_state[:, 5:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", PEER_CONFIGS)
+def test_timm_computes_the_same(size, tmp_path):
+    peer = timm_model(size, PEER_CONFIGS[size])
+    torch.save(peer.state_dict(), tmp_path / "timm.pth")
+    model = converted(tmp_path / "timm.pth")
+    assert model.config == PEER_CONFIGS[size]
+    for shape in PEER_SIZES.get(size, [(224, 224), (98, 70)]):
+        images = torch.randn(1, 3, *shape)
+        with torch.inference_mode():
+            theirs, features = peer.forward_features(images), model.forward_features(images)
+        assert scaled_error(features["x_norm_clstoken"], theirs[:, 0]) < TOLERANCE
+        assert scaled_error(features["x_norm_regtokens"], theirs[:, 1:5]) < TOLERANCE
+        assert scaled_error(features["x_norm_patchtokens"], theirs[:, 5:]) < TOLERANCE
+
+
+def test_without_registers_the_official_interpolation_is_followed():
+    """The peers agree with us on the trained grid. Elsewhere official models without registers add 0.1 to the grid and
+    do not antialias; Hugging Face leaves out the 0.1, timm also antialiases. Told to do so, we do the same."""
+    images = {size: torch.randn(1, 3, *size) for size in ((518, 518), (224, 336))}
+    for peer, antialias in ((hugging_face(CONFIGS["vits14"]), False), (timm_model("s", CONFIGS["vits14"]), True)):
+        official, head, _ = convert_weights.to_official(peer.state_dict())
+        model = dinoreg.from_state_dict(official)
+        assert model.config == CONFIGS["vits14"]
+        as_they = replace(CONFIGS["vits14"], interpolate_antialias=antialias, interpolate_offset=0.0)
+        with torch.inference_mode():
+            theirs = {size: peer.forward_features(x) if antialias else peer(x).last_hidden_state for size, x in images.items()}
+            ours = {size: model.norm(model.forward_features(x)["x_prenorm"]) for size, x in images.items()}
+            told = dinoreg.from_state_dict(official, as_they)
+            told = {size: told.norm(told.forward_features(x)["x_prenorm"]) for size, x in images.items()}
+        assert scaled_error(ours[518, 518], theirs[518, 518]) < TOLERANCE
+        assert scaled_error(ours[224, 336], theirs[224, 336]) > 10 * TOLERANCE
+        assert scaled_error(told[224, 336], theirs[224, 336]) < TOLERANCE
+
+
+def test_attention_maps_are_those_of_hugging_face():
+    peer = hugging_face(CONFIGS["vits14_reg"])
+    peer.set_attn_implementation("eager")
+    model = dinoreg.from_state_dict(convert_weights.to_official(peer.state_dict())[0])
+    images = torch.randn(1, 3, 224, 154)
+    with torch.inference_mode():
+        attentions = peer(images, output_attentions=True).attentions
+        maps = model.attention_maps(images, layer=range(12))
+    for ours, theirs in zip(maps, attentions, strict=True):
+        assert (ours.flatten(3) - theirs[:, :, :5, 5:]).abs().max() < 1e-5
+
+
+def test_masks_are_those_of_hugging_face():
+    peer = hugging_face(PEER_CONFIGS["s"])
+    model = dinoreg.from_state_dict(convert_weights.to_official(peer.state_dict())[0])
+    images, masks = torch.randn(2, 3, 98, 70), torch.rand(2, 35) < 0.4
+    with torch.inference_mode():
+        theirs = peer(images, bool_masked_pos=masks).last_hidden_state
+        assert scaled_error(model.norm(model.forward_features(images, masks)["x_prenorm"]), theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["vits14_reg", "vits14"])
+def test_classifiers_of_hugging_face(name, tmp_path):
+    peer = hugging_face(CONFIGS[name], num_labels=7)
+    peer.config.id2label = {i: f"class {i}" for i in range(7)}
+    peer.config.label2id = {f"class {i}": i for i in range(7)}
+    peer.save_pretrained(tmp_path / "theirs")
+    model = converted(tmp_path / "theirs")
+    assert model.labels == [f"class {i}" for i in range(7)]
+    images = torch.randn(2, 3, 518, 518)
+    linear_input = []
+    peer.classifier.register_forward_hook(lambda module, args, output: linear_input.append(args[0]))
+    with torch.inference_mode():
+        logits, theirs = model(images), peer(images).logits
+        inputs = model.linear_input(images)
+    # Some releases of transformers average the registers with the patches: then only the CLS half can agree.
+    assert scaled_error(inputs[:, :384], linear_input[0][:, :384]) < TOLERANCE
+    hidden = peer.base_model(images).last_hidden_state.detach()
+    right = torch.cat([hidden[:, 0], hidden[:, 1 + model.backbone.num_register_tokens :].mean(dim=1)], dim=1)
+    assert scaled_error(inputs, right) < TOLERANCE
+    if scaled_error(linear_input[0], right) < TOLERANCE:
+        assert scaled_error(logits, theirs) < TOLERANCE
+
+    convert_weights.write(model, tmp_path / "ours", "hf")
+    back, info = type(peer).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    assert_same(back, peer)
+    assert back.config.id2label == peer.config.id2label
+    assert back.config.to_dict() | {"_name_or_path": ""} == peer.config.to_dict()
+
+
+def test_a_classifier_of_timm(tmp_path):
+    peer = timm_model("s", CONFIGS["vits14_reg"], num_classes=7)
+    dinoreg.save_file(peer.state_dict(), tmp_path / "timm.safetensors")
+    model = converted(tmp_path / "timm.safetensors")
+    images = torch.randn(2, 3, 98, 70)
+    with torch.inference_mode():
+        assert scaled_error(model(images), peer(images)) < TOLERANCE
+        convert_weights.write(model, tmp_path / "back.safetensors", "timm")
+        expected = peer(images)
+        peer.load_state_dict(dinoreg.read_tensors(tmp_path / "back.safetensors")[0], strict=True)
+        assert torch.equal(peer(images), expected)
+
+
+@pytest.mark.parametrize("size", ["s", "g"])
+def test_what_we_write_loads_elsewhere(size, tmp_path):
+    model = randomised(PEER_CONFIGS[size])
+    peer, other = hugging_face(PEER_CONFIGS[size]), timm_model(size, PEER_CONFIGS[size])
+    convert_weights.write(model, tmp_path / "hf", "hf")
+    back, info = type(peer).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values())
+    convert_weights.write(model, tmp_path / "timm.pth", "timm")
+    other.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True), strict=True)
+    images = torch.randn(1, 3, 98, 70)
+    with torch.inference_mode():
+        expected = model(images)
+        assert scaled_error(back(images).pooler_output, expected) < TOLERANCE
+        assert scaled_error(other(images), expected) < TOLERANCE
+
+
+def test_gradients_are_those_of_hugging_face():
+    peer = hugging_face(replace(CONFIGS["vits14_reg"], depth=4))
+    model = dinoreg.from_state_dict(convert_weights.to_official(peer.state_dict())[0])
+    model.load_state_dict({key: tensor.clone() for key, tensor in model.state_dict().items()}, assign=True)
+    images, masks = torch.randn(2, 3, 98, 70), torch.rand(2, 35) < 0.4
+    model.norm(model.forward_features(images, masks)["x_prenorm"]).square().mean().backward()
+    peer(images, bool_masked_pos=masks).last_hidden_state.square().mean().backward()
+    theirs = convert_weights.rename({key: p.grad for key, p in peer.named_parameters()}, "hf5", "official")
+    for key, parameter in model.named_parameters():
+        assert scaled_error(parameter.grad, theirs[key]) < 1e-4, key
+
+
+def test_bfloat16_is_as_near_as_that_of_hugging_face():
+    peer = hugging_face(CONFIGS["vits14_reg"])
+    model = dinoreg.from_state_dict(convert_weights.to_official(peer.state_dict())[0])
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        expected = model(images)
+        ours = model.to(torch.bfloat16)(images).float()
+        theirs = peer.to(torch.bfloat16)(images).pooler_output.float()
+    assert scaled_error(ours, expected) < 1.5 * scaled_error(theirs, expected) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The model that ships with the repository, its training, and the real weights
 
 
@@ -908,8 +1357,8 @@ def test_training_digits_runs(tmp_path):
 def test_real_weights_tell_pictures_apart():
     model = dinoreg.load(REAL_WEIGHTS)
     assert model.config == CONFIGS["vits14"]
-    image = picture(300, 300)
-    views = [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), Image.new("RGB", (300, 300), "navy")]
+    cat, coffee = (Image.open(HERE / "examples" / "images" / name) for name in ("chelsea.jpg", "coffee.jpg"))
+    views = [cat, cat.transpose(Image.Transpose.FLIP_LEFT_RIGHT), coffee]
     with torch.inference_mode():
         same, mirrored, other = F.normalize(model(torch.stack([preprocess(view) for view in views])), dim=-1)
-    assert same @ mirrored > same @ other + 0.2
+    assert same @ mirrored > 0.9 and same @ other < 0.3
