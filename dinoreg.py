@@ -105,8 +105,8 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-# Images of several sizes go through the model side by side: the tokens of all are the rows of one matrix, which is all that
-# linear layers and norms need to know, and only attention takes them apart. Shapes are the (B, N) of each.
+# Images of several sizes go through the blocks side by side, their tokens as the rows of one matrix. Only attention takes
+# them apart again, by their shapes: the (B, N) of each.
 Shapes = list[tuple[int, int]]
 
 
@@ -203,10 +203,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        factors = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate) for B, _ in shapes or [x.shape[:2]]]
-        if shapes is None:
-            return x * factors[0]
-        return x * pack([factor.expand(*shape, 1) for factor, shape in zip(factors, shapes)])
+        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [x.shape[:2]]]
+        return x * pack(keep).view(*x.shape[:2], 1) / (1 - self.rate)
 
 
 class Block(nn.Module):
@@ -273,30 +271,6 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
-        """The position embedding for a grid of h x w patches, resized in float32 if need be: (1, 1 + h * w, D)."""
-        grid = self.config.grid
-        if (h, w) == grid:
-            return self.pos_embed
-        # With an offset the scale comes from it, and not from the sizes: models that were trained so have grown used to
-        # the tiny shift that this makes.
-        offset = self.config.interpolate_offset
-        target = {"scale_factor": ((h + offset) / grid[0], (w + offset) / grid[1])} if offset else {"size": (h, w)}
-        cls, patches = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:].float()
-        # Channels last: in the other layout PyTorch (2.14) resizes wrongly to a single column of patches.
-        patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        patches = F.interpolate(patches, mode="bicubic", antialias=self.config.interpolate_antialias, **target)
-        return torch.cat([cls, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(self.pos_embed.dtype)
-
-    @torch.no_grad()
-    def fix_image_size(self, H: int, W: int) -> None:
-        """Resize the position embedding to images of H x W pixels for good: then no forward of such images does.
-
-        This is for export, which so sees no bicubic resize, and for many images of one size.
-        """
-        self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size))
-        self.config = dataclasses.replace(self.config, image_size=(H, W))
-
     def prepare_tokens_with_masks(self, x: Tensor | list, masks: Tensor | list | None = None) -> Tensor | list:
         """Images to tokens: (B, C, H, W) -> (B, N, D). Patches where masks (B, h * w; bool) is True are replaced.
 
@@ -320,6 +294,21 @@ class DinoVisionTransformer(nn.Module):
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # (1, 1 + R, D)
         return torch.cat([prefix.expand(len(x), -1, -1), patches + pos_embed[:, 1:]], dim=1)
+
+    def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
+        """The position embedding for a grid of h x w patches, resized in float32 if need be: (1, 1 + h * w, D)."""
+        grid = self.config.grid
+        if (h, w) == grid:
+            return self.pos_embed
+        # With an offset the scale comes from it, and not from the sizes: models that were trained so have grown used to
+        # the tiny shift that this makes.
+        offset = self.config.interpolate_offset
+        target = {"scale_factor": ((h + offset) / grid[0], (w + offset) / grid[1])} if offset else {"size": (h, w)}
+        cls, patches = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:].float()
+        # Channels last: in the other layout PyTorch (2.14) resizes wrongly to a single column of patches.
+        patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        patches = F.interpolate(patches, mode="bicubic", antialias=self.config.interpolate_antialias, **target)
+        return torch.cat([cls, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(self.pos_embed.dtype)
 
     def run_blocks(self, x: Tensor | list[Tensor], wanted: Collection[int]) -> list:
         """Tokens (B, N, D), or a list of such, through the blocks: what comes out of each wanted one, in block order."""
@@ -377,12 +366,7 @@ class DinoVisionTransformer(nn.Module):
         return self.norm(self.blocks[-1](x, queries=1))[:, 0]
 
     def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Collection[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        norm: bool = True,
+        self, x: Tensor, n: int | Collection[int] = 1, reshape=False, return_class_token=False, norm=True
     ) -> tuple:
         """Patch tokens of images (B, C, H, W) after each of the last n blocks, or after the blocks that n lists.
 
@@ -422,6 +406,15 @@ class DinoVisionTransformer(nn.Module):
             if i < max(wanted):
                 x = block(x)
         return maps[wanted[0]] if isinstance(layer, int) else [maps[i] for i in wanted]
+
+    @torch.no_grad()
+    def fix_image_size(self, H: int, W: int) -> None:
+        """Resize the position embedding to images of H x W pixels for good: then no forward of such images does.
+
+        This is for export, which so sees no bicubic resize, and for many images of one size.
+        """
+        self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size))
+        self.config = dataclasses.replace(self.config, image_size=(H, W))
 
 
 class LinearClassifier(nn.Module):
