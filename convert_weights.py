@@ -21,7 +21,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import dinoreg
@@ -285,19 +284,19 @@ def write(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLi
     path = Path(path)
     if dialect == "dinoreg":
         return dinoreg.save(model, path)
-    tensors = {key: tensor.contiguous() for key, tensor in from_official(model, dialect).items()}
+    tensors = from_official(model, dialect)
+    if dialect != "hf" and path.suffix == ".safetensors":
+        return dinoreg.write_tensors(tensors, path, {"format": "pt"})
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder, path.name)
         if dialect == "hf":
             part.mkdir()
-            save_file(tensors, part / "model.safetensors", {"format": "pt"})
+            dinoreg.write_tensors(tensors, part / "model.safetensors", {"format": "pt"})
             config = getattr(model, "backbone", model).config
             (part / "config.json").write_text(json.dumps(hf_config(model), indent=2))
             (part / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(config), indent=2))
-        elif path.suffix == ".safetensors":
-            save_file(tensors, part, {"format": "pt"})
         else:
-            torch.save(tensors, part)
+            torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
         os.replace(part, path)
 
 

@@ -293,7 +293,7 @@ class DinoVisionTransformer(nn.Module):
         prefix = self.cls_token + pos_embed[:, :1]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # (1, 1 + R, D)
-        return torch.cat([prefix.expand(len(x), -1, -1), patches + pos_embed[:, 1:]], dim=1)
+        return torch.cat([prefix.expand(x.shape[0], -1, -1), patches + pos_embed[:, 1:]], dim=1)
 
     def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
         """The position embedding for a grid of h x w patches, resized in float32 if need be: (1, 1 + h * w, D)."""
@@ -659,10 +659,17 @@ def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLik
         raise ValueError(f"{len(labels)} labels for {model.linear_head.out_features} classes")
     config = dataclasses.asdict(getattr(model, "backbone", model).config)
     metadata = {"format": "pt", "config": json.dumps(config), "labels": json.dumps(labels)}
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    write_tensors(model.state_dict(), path, metadata)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]):
+    """Write a .safetensors file, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         part = Path(folder, "part")
-        save_file(tensors, part, metadata)
+        part.touch()
+        mode = part.stat().st_mode
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata)
+        part.chmod(mode)  # which is not the owner's alone, as safetensors leaves it
         os.replace(part, path)
 
 

@@ -603,6 +603,8 @@ def test_save_and_load_a_classifier(tmp_path):
     assert_same(dinoreg.load(tmp_path / "model.safetensors"), model)
     assert dinoreg.load(tmp_path / "model.safetensors").labels == ["a", "b", "ü"]
     assert os.listdir(tmp_path) == ["model.safetensors"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN, replace(TINY, ffn="swiglu")])
@@ -1351,6 +1353,35 @@ def test_training_digits_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "held-out digits are right" in result.stdout
     assert len(dinoreg.load(output).labels) == len(os.listdir(tmp_path / "images")) == 10
+
+
+@pytest.mark.parametrize("size", [(224, 224), (518, 518), (140, 98)])
+def test_export_to_onnx(size, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = LinearClassifier(randomised(replace(CONFIGS["vits14_reg"], depth=2)), 3, layers=1).eval()
+    model.labels = ["cat", "dog", "ü"]
+    dinoreg.save(model, tmp_path / "model.safetensors")
+    command = [sys.executable, HERE / "examples" / "export_onnx.py", tmp_path / "model.safetensors", "--size"]
+    command += [*sorted(set(map(str, size)), reverse=True), "-o", tmp_path / "model.onnx"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) < 1e-4
+
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == model.labels
+    images = torch.randn(3, 3, *size)
+    with torch.inference_mode():
+        assert scaled_error(session.run(["logits"], {"images": images.numpy()})[0], model(images)) < 1e-5
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.safetensors"]
+
+
+def test_export_says_what_is_wrong(tmp_path):
+    pytest.importorskip("onnxruntime")
+    command = [sys.executable, HERE / "examples" / "export_onnx.py", DIGITS, "-o", tmp_path / "x.onnx", "--size", "30"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and os.listdir(tmp_path) == []
+    assert result.stderr == "export_onnx: image sides must be multiples of 4 pixels, got 30 x 30; the nearest is 32 x 32\n"
 
 
 @pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")

@@ -71,7 +71,7 @@ def main():
     train_x, train_digits, held_out_x, held_out_digits = x[:4000], digits[:4000], x[4000:], digits[4000:]
     if args.images:
         args.images.mkdir(parents=True, exist_ok=True)
-        for image, digit in zip(images[-10:], digits[-10:]):
+        for image, digit in zip(images[4000:4010], digits[4000:4010]):
             image.save(args.images / f"{LABELS[digit]}.png")
 
     model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(CONFIG), num_classes=10)
