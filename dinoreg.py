@@ -459,18 +459,26 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def preprocess(
-    image: str | os.PathLike | bytes | Image.Image, size: int = 224, keep_aspect: bool = False, patch_size: int = 14
+    image: str | os.PathLike | bytes | Image.Image,
+    size: int = 224,
+    keep_aspect: bool = False,
+    patch_size: int = 14,
+    fast: bool = False,
 ) -> Tensor:
     """An image, given as a path, the bytes of a file or a PIL image, as a normalised float32 tensor (3, H, W).
 
     Without keep_aspect this is the official evaluation transform, pixel for pixel: the short side is resized to
     size * 8 / 7, and the central square of H = W = size pixels is cut out. With keep_aspect all of the image is kept:
-    H and W are the multiples of patch_size nearest to its own aspect ratio at an area of size * size pixels.
+    H and W are the multiples of patch_size nearest to its own aspect ratio at an area of size * size pixels. With fast,
+    large JPEG files are shrunk as they are decoded, to no less than is needed, which costs a little exactness.
 
     Any mode that PIL knows will do, upright or turned by EXIF. Raises OSError or ValueError if there is no image in it.
     """
+    short = size * 8 // 7
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        if fast:
+            image.draft("RGB", (short, short))
     image = _to_rgb(image)
     if max(image.size) > 100 * min(image.size):  # the resized one could be larger than memory
         raise ValueError(f"an image of {image.width} x {image.height} pixels is too narrow")
@@ -479,7 +487,6 @@ def preprocess(
         width, height = (max(1, round(side * scale)) * patch_size for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     else:
-        short = size * 8 // 7
         width, height = (short * side // min(image.size) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -694,13 +701,14 @@ def classify(
     paths: Sequence[str | os.PathLike],
     size: int,
     keep_aspect: bool = False,
+    fast: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Tensor | Exception]:
     """For each image file in turn: its class probabilities (num_classes,), float32; or why it could not be read."""
 
     def read(path: str | os.PathLike) -> Tensor | Exception:
         try:
-            return preprocess(path, size, keep_aspect, model.backbone.patch_size)
+            return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast)
         except Exception as error:  # of any kind: PIL's plugins are many
             return error
 
@@ -742,7 +750,7 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(str(path)) for path in paths)
     progress = sys.stderr.isatty() and len(paths) > args.batch_size
     failed = 0
-    for done, result in enumerate(classify(model, paths, size, args.keep_aspect, args.batch_size)):
+    for done, result in enumerate(classify(model, paths, size, args.keep_aspect, args.fast, args.batch_size)):
         said = describe(paths[done], result, labels, args.top)
         failed += "error" in said
         if progress:
@@ -782,6 +790,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--top", type=positive, default=5, metavar="K", help="how many classes to name (default: 5)")
     add("--size", type=positive, metavar="PIXELS", help="side of the square that it sees (default: the model's)")
     add("--keep-aspect", action="store_true", help="see the whole image, of as many pixels, and not its central square")
+    add("--fast", action="store_true", help="let large JPEG files be shrunk as they are decoded: quicker, not as exact")
     add("--device", default=best, help="cpu, cuda, cuda:1, mps, ... (default: the best there is, here %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
     add("--batch-size", type=positive, default=8, metavar="B", help="images computed at once (default: 8)")

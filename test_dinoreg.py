@@ -559,6 +559,20 @@ def test_preprocess_keeps_the_whole_image(shape, expected):
     assert all(side % 16 == 0 for side in preprocess(picture(*shape), keep_aspect=True, patch_size=16).shape[1:])
 
 
+def test_fast_preprocessing_is_near_and_for_jpeg_files_alone(tmp_path):
+    photo = Image.open(HERE / "examples" / "images" / "chelsea.jpg").resize((1804, 1200))
+    photo.save(tmp_path / "photo.jpg", quality=95)
+    exact, fast = (preprocess(tmp_path / "photo.jpg", fast=fast) for fast in (False, True))
+    difference = (pixels(exact).astype(float) - pixels(fast)).__abs__()
+    assert 0 < difference.mean() < 3
+    for keep_aspect in (False, True):
+        assert preprocess(tmp_path / "photo.jpg", keep_aspect=keep_aspect, fast=True).shape == preprocess(
+            tmp_path / "photo.jpg", keep_aspect=keep_aspect
+        ).shape
+    photo.save(tmp_path / "photo.png")
+    assert torch.equal(preprocess(tmp_path / "photo.png", fast=True), preprocess(tmp_path / "photo.png"))
+
+
 def test_preprocess_refuses_what_is_no_image(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     image = io.BytesIO()
@@ -1382,6 +1396,18 @@ def test_export_says_what_is_wrong(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and os.listdir(tmp_path) == []
     assert result.stderr == "export_onnx: image sides must be multiples of 4 pixels, got 30 x 30; the nearest is 32 x 32\n"
+
+
+def test_quantize_tells_speed_and_nearness(tmp_path):
+    pytest.importorskip("torchao")
+    dinoreg.save(randomised(replace(CONFIGS["vits14_reg"], depth=1)), tmp_path / "model.safetensors")
+    command = [sys.executable, HERE / "examples" / "quantize.py", HERE / "examples" / "images" / "coffee.jpg"]
+    options = ["--model", tmp_path / "model.safetensors", "--turns", "1"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    speed, cosine = result.stdout.splitlines()
+    assert "times as fast as float32" in speed
+    assert 0.9 < float(cosine.split()[-1]) < 1  # it is int8: near, and not the same
 
 
 @pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")

@@ -1,0 +1,296 @@
+"""Measure dinoreg beside whichever of transformers, timm, onnxruntime and openvino are installed.
+
+    pip install -e ".[examples,parity]"
+    python examples/benchmark.py                        # everything, as Markdown tables
+    python examples/benchmark.py forward start          # or one part: forward start load folder growth
+
+All sides have the same random weights and take turns; a figure is the median of its turns, and a ratio the median of the
+ratios within each turn: above 1, dinoreg is faster. On a GPU (bfloat16, CUDA events) only `forward` is measured.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import convert_weights
+import dinoreg
+
+PHOTO = Path(__file__).parent / "images" / "astronaut.jpg"
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking turns
+
+
+def seconds_of(work) -> float:
+    if not CUDA:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def take_turns(sides: dict, turns: int, measure=seconds_of) -> dict[str, list]:
+    """What each side measures in each turn, after one turn that does not count."""
+    results = {name: [] for name in sides}
+    for turn in tqdm(range(turns + 1), leave=False, disable=None):
+        for name, work in sides.items():
+            results[name].append(measure(work))
+    return {name: values[1:] for name, values in results.items()}
+
+
+def ratio(others: list[float], ours: list[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(others, ours)):.2f}"
+
+
+def table(header: list[str], rows: list[list]) -> None:
+    for row in (header, ["---"] * len(header), *rows):
+        print("|", " | ".join(map(str, row)), "|", flush=True)
+    print()
+
+
+def whole_process(command: list) -> tuple[float, float]:
+    """(wall seconds, peak resident megabytes) of a command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"failed: {command}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024  # kilobytes on Linux
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str, folder: Path) -> dict:
+    """The same model in other libraries, as functions without arguments that compute all normalised tokens."""
+    sides = {}
+    if find_spec("transformers"):
+        from transformers import AutoModel
+
+        convert_weights.write(model, folder / "hf", "hf")
+        hf = AutoModel.from_pretrained(folder / "hf").to(DEVICE, DTYPE).eval()
+        sides["transformers"] = lambda: hf(images)
+    if find_spec("timm"):
+        import timm
+
+        size = {"vits": "small", "vitb": "base"}[name[:4]]
+        other = timm.create_model(f"vit_{size}_patch14_reg4_dinov2", num_classes=0, dynamic_img_size=True)
+        other.load_state_dict(convert_weights.from_official(model, "timm"))
+        other = other.to(DEVICE, DTYPE).eval()
+        sides["timm"] = lambda: other.forward_features(images)
+    if not CUDA and find_spec("onnxruntime") and find_spec("onnxscript"):
+        import onnxruntime
+
+        dinoreg.save(model, folder / "model.safetensors")
+        script, side = Path(__file__).with_name("export_onnx.py"), str(images.shape[-1])
+        command = [sys.executable, script, folder / "model.safetensors", "-o", folder / "model.onnx", "--size", side]
+        subprocess.run(command, check=True, capture_output=True)
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        sides["onnxruntime"] = lambda: session.run(None, {"images": images.numpy()})
+        if find_spec("openvino"):
+            import openvino
+
+            compiled = openvino.compile_model(folder / "model.onnx", "CPU")
+            sides["openvino"] = lambda: compiled(images.numpy())
+    return sides
+
+
+@torch.inference_mode()
+def forward(turns: int) -> None:
+    print("Forward, milliseconds per image. All tokens are computed and normalised, but by `embed`: CLS alone. The graphs of")
+    print("onnxruntime and openvino give the CLS token. Matrix products: those of the model alone, in `torch.mm`.\n")
+    rows, header = [], None
+    for name, size, batch in [
+        (name, size, batch) for name in ("vits14_reg", "vitb14_reg") for size in (224, 518) for batch in (1, 8)
+    ]:
+        model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(DEVICE, DTYPE).eval()
+        images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
+        with tempfile.TemporaryDirectory() as folder:
+            sides = {"dinoreg": lambda: model.forward_features(images), "embed": lambda: model.embed(images)}
+            sides |= peers(model, images, name, Path(folder)) | {"matrix products": matrix_products(model, batch, size)}
+            results = take_turns(sides, max(3, turns // (batch * (size // 224) ** 2)))
+        header = header or ["model", "pixels", "batch", *sides]
+        ours = results["dinoreg"]
+        cells = [f"{1000 * statistics.median(x) / batch:.1f} ({ratio(x, ours)})" for x in results.values()]
+        rows.append([name, size, batch, *cells])
+    table(header, rows)
+
+
+def matrix_products(model: dinoreg.DinoVisionTransformer, batch: int, size: int):
+    """A function that does the products of the model's linear layers, and nothing else."""
+    N = 1 + model.num_register_tokens + (size // model.patch_size) ** 2
+    layers = [layer.weight.detach().T for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = {width: torch.randn(batch * N, width, device=DEVICE, dtype=DTYPE) for width in {w.shape[0] for w in layers}}
+    return lambda: [inputs[weight.shape[0]] @ weight for weight in layers]
+
+
+def classifier(name: str) -> dinoreg.LinearClassifier:
+    torch.manual_seed(0)
+    return dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]), 1000, layers=1).eval()
+
+
+def start(turns: int) -> None:
+    print("One photo, the whole process, ViT-S/14 with registers: each classifies and prints (timm with a head that sees CLS")
+    print("alone). Seconds, and peak megabytes of resident memory.\n")
+    hf_code = "from transformers import pipeline; print(pipeline('image-classification', model={!r})({!r}))"
+    timm_code = """
+import timm, torch
+from PIL import Image
+model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=1000, img_size=224, checkpoint_path={!r}).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.inference_mode():
+    print(model(transform(Image.open({!r}).convert("RGB"))[None]).softmax(-1).topk(5))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        model = classifier("vits14_reg")
+        dinoreg.save(model, f"{folder}/model.safetensors")
+        commands = {
+            "import torch": [sys.executable, "-c", "import torch"],
+            "dinoreg": [sys.executable, "-m", "dinoreg", PHOTO, "--weights", f"{folder}/model.safetensors"],
+        }
+        if find_spec("transformers"):
+            convert_weights.write(model, f"{folder}/hf", "hf")
+            commands["transformers"] = [sys.executable, "-c", hf_code.format(f"{folder}/hf", str(PHOTO))]
+        if find_spec("timm"):
+            with torch.no_grad():
+                model.linear_head.weight[:, model.backbone.embed_dim :] = 0
+            convert_weights.write(model, f"{folder}/timm.safetensors", "timm")
+            commands["timm"] = [sys.executable, "-c", timm_code.format(f"{folder}/timm.safetensors", str(PHOTO))]
+        results = take_turns(commands, turns, whole_process)
+    seconds, megabytes = ({name: [x[i] for x in values] for name, values in results.items()} for i in (0, 1))
+    rows = [
+        [name, f"{statistics.median(seconds[name]):.2f}", ratio(seconds[name], seconds["dinoreg"])]
+        + [f"{statistics.median(megabytes[name]):.0f}"]
+        for name in commands
+    ]
+    table(["process", "seconds", "ratio", "peak MB"], rows)
+
+
+LOAD = """
+import sys, time, torch, dinoreg
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+before, start = resident(), time.perf_counter()
+model = dinoreg.load(sys.argv[1])
+print(time.perf_counter() - start, resident() - before)
+"""
+
+
+def load(turns: int) -> None:
+    print("From a file to a usable model: ViT-g/14 with registers, 4.5 GB of random weights.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.safetensors"
+        with dinoreg._SkipInit():
+            dinoreg.save(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vitg14_reg"]), path)
+        command = [sys.executable, "-c", LOAD, path]
+        outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(turns)]
+    seconds, megabytes = zip(*(map(float, output.split()) for output in outputs))
+    table(["", "seconds", "resident MB more"], [["dinoreg.load", *(f"{statistics.median(x):.2f}" for x in (seconds, megabytes))]])
+
+
+def folder(turns: int) -> None:
+    print("A folder of 16 photographs of 12 megapixels (JPEG), decoded and classified by ViT-S/14 with registers: seconds per")
+    print("image. `--fast` lets the JPEG decoder shrink the image, as far as it stays above the size that is seen.\n")
+    with tempfile.TemporaryDirectory() as where:
+        paths = [f"{where}/{i}.jpg" for i in range(16)]
+        for i, path in enumerate(paths):
+            Image.open(PHOTO).resize((4000, 3000)).rotate(i).save(path, quality=90)
+        model = classifier("vits14_reg")
+        sides = {
+            "dinoreg": lambda: list(dinoreg.classify(model, paths, 224)),
+            "dinoreg --fast": lambda: list(dinoreg.classify(model, paths, 224, fast=True)),
+        }
+        if find_spec("transformers"):
+            from transformers import pipeline
+
+            convert_weights.write(model, f"{where}/hf", "hf")
+            pipe = pipeline("image-classification", model=f"{where}/hf")
+            sides["transformers pipeline"] = lambda: list(pipe(paths, batch_size=8))
+        results = take_turns(sides, turns)
+    rows = [[name, f"{statistics.median(x) / 16:.3f}", ratio(x, results["dinoreg"])] for name, x in results.items()]
+    table(["", "seconds", "ratio"], rows)
+
+
+GROWTH = """
+import resource, sys, time, torch, dinoreg
+size, batch = map(int, sys.argv[1:])
+model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vits14_reg"]).eval()
+model.fix_image_size(size, size)
+images = torch.randn(batch, 3, size, size)
+before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+with torch.inference_mode():
+    for _ in range(4):
+        start = time.perf_counter()
+        model.forward_features(images)
+        seconds.append(time.perf_counter() - start)
+print(sorted(seconds[1:])[1], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def growth(turns: int) -> None:
+    print("How time and memory grow, ViT-S/14 with registers: growth.png\n")
+    import matplotlib.pyplot as plt
+
+    def measure(size, batch):
+        command = [sys.executable, "-c", GROWTH, str(size), str(batch)]
+        return [float(x) for x in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for panel, label, points in (
+        (panels[0], "side of one image, pixels", [(size, 1) for size in (224, 378, 518, 700, 868, 1036)]),
+        (panels[1], "images of 224 x 224 in a batch", [(224, batch) for batch in (1, 2, 4, 8, 16, 32, 64)]),
+    ):
+        x = [size if panel is panels[0] else batch for size, batch in points]
+        seconds, megabytes = zip(*(measure(*point) for point in tqdm(points, leave=False, disable=None)))
+        panel.plot(x, seconds, "o-", color="tab:blue")
+        panel.set(xlabel=label, ylim=0)
+        panel.set_ylabel("seconds", color="tab:blue")
+        memory = panel.twinx()
+        memory.plot(x, megabytes, "s--", color="tab:orange")
+        memory.set(ylim=0)
+        memory.set_ylabel("MB above the model", color="tab:orange")
+        rows = [[i, f"{s:.2f}", f"{m:.0f}"] for i, s, m in zip(x, seconds, megabytes)]
+        table([label, "seconds", "MB above the model"], rows)
+    figure.savefig("growth.png", dpi=120)
+
+
+PARTS = {part.__name__: part for part in (forward, start, load, folder, growth)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--turns", type=int, default=10, help="default: %(default)s")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "timm", "onnxruntime") if find_spec(name)}
+    where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
+    for part in args.parts or (["forward"] if CUDA else PARTS):
+        PARTS[part](args.turns)
+
+
+if __name__ == "__main__":
+    main()
