@@ -1377,7 +1377,7 @@ def test_export_to_onnx(size, tmp_path):
     model.labels = ["cat", "dog", "ü"]
     dinoreg.save(model, tmp_path / "model.safetensors")
     command = [sys.executable, HERE / "examples" / "export_onnx.py", tmp_path / "model.safetensors", "--size"]
-    command += [*sorted(set(map(str, size)), reverse=True), "-o", tmp_path / "model.onnx"]
+    command += [*map(str, size if size[0] != size[1] else size[:1]), "-o", tmp_path / "model.onnx"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) < 1e-4
