@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -928,7 +929,7 @@ def test_download_a_backbone_once(hub, capsys):
     assert_same(model, randomised(HUB_CONFIG))
     assert model.config == HUB_CONFIG and not model.training
     assert (hub.cache / "dinov2_vits14_reg4_pretrain.pth").read_bytes() == hub.files[HUB_BACKBONE]
-    assert "100%" in capsys.readouterr().err
+    assert re.search(r"100(\.0)?%", capsys.readouterr().err)  # the bar of tqdm, or of torch.hub itself
     assert_same(dinoreg.load("vits14_reg"), model)
     assert hub.requests == [HUB_BACKBONE]
     assert len(os.listdir(hub.cache)) == 1
