@@ -1,0 +1,146 @@
+"""Find the main object of images, without any labels, by looking at what DINOv2 finds alike.
+
+    pip install -e ".[examples]"
+    python examples/find_objects.py examples/images/*.jpg --output pictures
+
+For each image it prints a JSON object, {"image": path, "box": [left, top, right, bottom]}, in pixels of the upright
+photo and null if nothing is found, and writes the photo with the box, dark where the object is not.
+
+The method is LOST (Siméoni et al., 2021: "Localizing Objects with Self-Supervised Transformers and no Labels"), on the
+keys, queries or values of the last attention layer, as in Darcet et al., "Vision Transformers Need Registers", table 3.
+It takes an object to be smaller than its background: of a face that fills the photo it finds what is behind it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy.ndimage import label
+from torch import Tensor
+from tqdm import tqdm
+
+import dinoreg
+
+CANDIDATES = 100  # k of the paper: so many patches may join the seed
+# What is added to the similarities, in units of their mean, as Darcet et al. add a bias to them: any two keys have so
+# much in common that otherwise none would be unlike another. These numbers suit ViT-S/14 without registers, by eye.
+BIAS = {"keys": -0.85, "queries": -0.4, "values": -0.2}
+
+
+@torch.inference_mode()
+def last_attention(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
+    """Queries, keys and values of the patches of an image (3, H, W) in the last block, each (h * w, D)."""
+    tokens = model.prepare_tokens_with_masks(x[None])
+    for block in model.blocks[:-1]:
+        tokens = block(tokens)
+    last = model.blocks[-1]
+    parts = last.attn.split_heads(last.attn.qkv(last.norm1(tokens)))  # 3 x (1, A, N, D / A)
+    parts = parts[:, 0, :, 1 + model.num_register_tokens :].transpose(1, 2).flatten(2)  # (3, h * w, D)
+    return dict(zip(("queries", "keys", "values"), parts))
+
+
+def lost(similarity: Tensor, h: int, w: int) -> np.ndarray:
+    """The similarities of all pairs of patches (h * w, h * w) -> the object's patches (h, w), bool; none if none is."""
+    degrees = (similarity > 0).sum(dim=1)
+    candidates = degrees.argsort(stable=True)[:CANDIDATES]
+    seed = candidates[0].item()  # an object has fewer patches than its background, so each has fewer that are like it
+    seeds = candidates[similarity[seed, candidates] > 0]
+    alike = similarity[seeds].sum(dim=0) > 0
+    parts, _ = label(alike.unflatten(0, (h, w)).numpy())  # connected components, numbered from 1
+    part = parts.flat[seed]
+    return (parts == part) & (part > 0)
+
+
+def find_box(mask: np.ndarray, width: int, height: int) -> list[int] | None:
+    """[left, top, right, bottom] of the patches of a mask (h, w), in pixels of a photo of width x height."""
+    if not mask.any():
+        return None
+    h, w = mask.shape
+    y, x = mask.nonzero()
+    left, right = (round(edge * width / w) for edge in (int(x.min()), int(x.max()) + 1))
+    top, bottom = (round(edge * height / h) for edge in (int(y.min()), int(y.max()) + 1))
+    return [left, top, right, bottom]
+
+
+def draw(photo: Image.Image, mask: np.ndarray, box: list[int] | None) -> Image.Image:
+    """The photo, dark but for the mask (h, w), with the box."""
+    light = Image.fromarray(np.where(mask, 255, 90).astype(np.uint8)).resize(photo.size, Image.Resampling.NEAREST)
+    picture = Image.composite(photo, Image.new("RGB", photo.size), light)
+    if box:
+        left, top, right, bottom = box
+        line = max(2, round(max(photo.size) / 150))
+        ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline="yellow", width=line)
+    return picture
+
+
+def name_pictures(images: list[Path], folder: Path) -> list[Path]:
+    """A file in folder for the picture of each image; with a number, if images of several folders share a name."""
+    pictures: list[Path] = []
+    for image in images:
+        picture, number = folder / f"{image.stem}_object.png", 1
+        while picture in pictures:
+            number += 1
+            picture = folder / f"{image.stem}_{number}_object.png"
+        pictures.append(picture)
+    return pictures
+
+
+def write(picture: Image.Image, path: Path) -> None:
+    """Whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, "part.png")
+        picture.save(part)
+        os.replace(part, path)
+
+
+def run(args: argparse.Namespace) -> int:
+    model = dinoreg.load(args.model)
+    model = getattr(model, "backbone", model)
+    if args.size < model.patch_size:
+        raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
+    bias = BIAS[args.features] if args.bias is None else args.bias
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    images, failed = dinoreg.find_images(args.images), 0
+    for image, path in zip(tqdm(images, unit="image"), name_pictures(images, args.output)):
+        try:
+            photo = dinoreg._to_rgb(Image.open(image))
+            x = dinoreg.preprocess(photo, args.size, keep_aspect=True, patch_size=model.patch_size)
+        except Exception as error:  # of any kind: PIL's plugins are many
+            tqdm.write(f"find_objects: {image}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            failed += 1
+            continue
+        features = last_attention(model, x)[args.features]
+        similarity = features @ features.T
+        mask = lost(similarity + bias * similarity.mean(), *(side // model.patch_size for side in x.shape[1:]))
+        box = find_box(mask, *photo.size)
+        write(draw(photo, mask, box), path)
+        tqdm.write(json.dumps({"image": str(image), "box": box}), file=sys.stdout)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    add("--model", default="vits14_reg", help="an official model or a file of weights (default: %(default)s)")
+    add("--features", choices=BIAS, default="queries", help="of the last attention layer (default: %(default)s)")
+    defaults = ", ".join(f"{bias:g} for {features}" for features, bias in BIAS.items())
+    add("--bias", type=float, help=f"added to the similarities, in units of their mean (default: {defaults})")
+    add("--size", type=int, default=518, help="side in pixels of a square as large as the resized image (default: 518)")
+    add("--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    try:
+        return run(parser.parse_args())
+    except (OSError, ValueError, RuntimeError) as error:  # a model, the network, a folder, the memory
+        print("find_objects:", str(error).partition("\n")[0], file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

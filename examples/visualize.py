@@ -1,0 +1,167 @@
+"""Show what DINOv2 makes of images: principal components, norms and attention maps of their patches.
+
+    pip install -e ".[examples]"
+    python examples/visualize.py examples/images/*.jpg --model vitl14 vitl14_reg --output pictures
+
+For each image it writes a picture that has a row for each model:
+  - the image as the model sees it;
+  - the patch features as colours (Oquab et al., 2023, figure 1): their first principal component tells foreground from
+    background, which is black; the first three of the foreground alone are its red, green and blue;
+  - the norms of the patch tokens after the last block, before the final norm, and
+  - the attention of CLS and of each register to the patches, in the last block and on average over its heads: what
+    Darcet et al., "Vision Transformers Need Registers", show to be spoilt by outliers, and mended by registers.
+It prints how many of all patch tokens are outliers, of a norm far above the others' (ibid., section 2).
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import dinoreg
+
+OUTLIER = 3  # medians: outliers have about 10 times the norm of other tokens; on a scale of factors this is half way
+
+
+def principal_components(x: Tensor) -> Tensor:
+    """The first three principal components of M points: (M, D) -> (M, 3); zeros in place of those that are missing."""
+    x = x - x.mean(dim=0)
+    axes = torch.linalg.svd(x, full_matrices=False).Vh[:3]  # (3, D)
+    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # either way along an axis is right: always take the same
+    return F.pad(x @ axes.T, (0, 3 - len(axes)))
+
+
+def find_foreground(patches: Tensor, h: int, w: int) -> Tensor:
+    """Patch features (h * w, D) -> (h, w), bool: the side of the first component that has less of the border."""
+    foreground = principal_components(patches)[:, 0].unflatten(0, (h, w)) > 0
+    border = torch.ones(h, w, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    return ~foreground if foreground[border].float().mean() > 0.5 else foreground
+
+
+def colour(patches: Tensor, foreground: Tensor) -> Tensor:
+    """Patch features (h * w, D) as colours (h, w, 3) in [0, 1]: black, but for the foreground (h, w)."""
+    colours = torch.zeros(*foreground.shape, 3)
+    if foreground.any():
+        components = principal_components(patches[foreground.flatten()])
+        low, high = components.quantile(torch.tensor([0.02, 0.98]), dim=0)  # a few extremes shall not dull all others
+        colours[foreground] = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return colours
+
+
+@torch.inference_mode()
+def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
+    """What is shown of an image (3, H, W), by title: maps (h, w), or (h, w, 3) if they are in colour."""
+    h, w = (side // model.patch_size for side in x.shape[1:])
+    mean, std = torch.tensor([dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD])
+    features = model.forward_features(x[None])
+    patches = features["x_norm_patchtokens"][0]
+    _, _, (tokens,) = model.split_tokens(features["x_prenorm"])  # (h * w, D)
+    attention = model.attention_maps(x[None])[0].mean(dim=0)  # (1 + R, h, w)
+    names = ["CLS", *(f"register {i + 1}" for i in range(model.num_register_tokens))]
+    return {
+        "image": (x.permute(1, 2, 0) * std + mean).clamp(0, 1),
+        "principal components": colour(patches, find_foreground(patches, h, w)),
+        "norm": tokens.norm(dim=1).unflatten(0, (h, w)),
+        **{f"attention of {name}": attention[i] for i, name in enumerate(names)},
+    }
+
+
+def draw(rows: dict[str, dict[str, Tensor]]) -> Figure:
+    """What `see` returns as a picture: one row for each model, by name, and one column for each title."""
+    titles = max(rows.values(), key=len)  # of the model with most registers
+    H, W, _ = next(iter(rows.values()))["image"].shape
+    figure = Figure(figsize=(2.1 * len(titles), (2.1 * H / W + 0.25) * len(rows) + 0.25), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for i, (name, maps) in enumerate(rows.items()):
+        for ax, title in zip(grid[i], titles):
+            ax.set(xticks=[], yticks=[], box_aspect=H / W)
+            ax.set_title(title if i == 0 else "", fontsize=10)
+            ax.spines[:].set_visible(False)
+            if title in maps:
+                top = maps[title].quantile(0.995 if title.startswith("attention") else 1)  # so that one peak hides none
+                ax.imshow(maps[title], vmax=top, cmap="viridis" if title == "norm" else "inferno")
+        label = grid[i, 0].set_xlabel(Path(name).stem, loc="left", fontsize=9, parse_math=False)
+        label.set_in_layout(False)  # a long one shall not push the columns apart
+        grid[i, 2].set_xlabel("{:.0f} to {:.0f}".format(*maps["norm"].aminmax()), fontsize=9)
+    return figure
+
+
+def name_pictures(images: list[Path], folder: Path) -> list[Path]:
+    """A file in folder for the picture of each image; with a number, if images of several folders share a name."""
+    pictures: list[Path] = []
+    for image in images:
+        picture, number = folder / f"{image.stem}_features.png", 1
+        while picture in pictures:
+            number += 1
+            picture = folder / f"{image.stem}_{number}_features.png"
+        pictures.append(picture)
+    return pictures
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, "part.png")
+        figure.savefig(part, dpi=150)
+        os.replace(part, path)
+
+
+def run(args: argparse.Namespace) -> int:
+    models = {}
+    for source in args.model:
+        model = dinoreg.load(source)
+        models[source] = model = getattr(model, "backbone", model)
+        if args.size < model.patch_size:
+            raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    images, failed = dinoreg.find_images(args.images), 0
+    norms: dict[str, list[Tensor]] = {source: [] for source in models}
+    for image, picture in zip(tqdm(images, unit="image"), name_pictures(images, args.output)):
+        try:
+            inputs = [dinoreg.preprocess(image, args.size, True, model.patch_size) for model in models.values()]
+        except Exception as error:  # of any kind: PIL's plugins are many
+            tqdm.write(f"visualize: {image}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            failed += 1
+            continue
+        rows = {source: see(model, x) for (source, model), x in zip(models.items(), inputs)}
+        for source, maps in rows.items():
+            norms[source].append(maps["norm"].flatten())
+        write(draw(rows), picture)
+
+    for source, parts in norms.items():
+        if parts:
+            all_norms = torch.cat(parts)
+            cutoff = OUTLIER * all_norms.median().item() if args.cutoff is None else args.cutoff
+            share = (all_norms > cutoff).float().mean().item()
+            print(f"{source}: {share:.2%} of {len(all_norms):,} patches are outliers, their norms above {cutoff:.1f}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    add("--model", nargs="+", default=["vits14_reg"], help="official models or files of weights (default: vits14_reg)")
+    add("--size", type=int, default=518, help="side in pixels of a square as large as the resized image (default: 518)")
+    rule = f"for each model, {OUTLIER} times the median over all images"
+    add("--cutoff", type=float, metavar="NORM", help=f"the norm above which tokens are outliers (default: {rule})")
+    add("--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    try:
+        return run(parser.parse_args())
+    except (OSError, ValueError, RuntimeError) as error:  # a model, the network, a folder, the memory
+        print("visualize:", str(error).partition("\n")[0], file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

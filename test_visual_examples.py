@@ -1,0 +1,318 @@
+"""Tests of examples/visualize.py and examples/find_objects.py: `python -m pytest test_visual_examples.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dinoreg
+from dinoreg import Config, DinoVisionTransformer, preprocess
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+pytest.importorskip("tqdm")
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE / "examples"
+REAL_WEIGHTS = HERE.parent / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+needs_real_weights = pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
+
+TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, crop_size=16)
+TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
+
+sys.path.insert(0, str(EXAMPLES))
+import find_objects  # noqa: E402
+import visualize  # noqa: E402
+
+
+def random_model(config: Config) -> DinoVisionTransformer:
+    torch.manual_seed(0)
+    model = DinoVisionTransformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.3
+            parameter.copy_(torch.randn_like(parameter) * spread + 0.02)
+    return model.eval()
+
+
+def random_photo(width: int, height: int) -> Image.Image:
+    """Smooth noise, so that neighbouring patches are alike."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def run(script: str, *args) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    command = [sys.executable, EXAMPLES / script, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def errors(result: subprocess.CompletedProcess, script: str) -> list[str]:
+    assert "Traceback" not in result.stderr, result.stderr
+    return [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith(f"{script}: ")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# visualize.py
+
+
+def test_principal_components_are_those_of_the_covariance():
+    torch.manual_seed(0)
+    x = torch.randn(200, 6, dtype=torch.float64) * torch.tensor([1, 9, 2, 5, 3, 0.1]) + 7
+    variances, axes = np.linalg.eigh(np.cov(x.numpy().T))
+    components = visualize.principal_components(x)
+    assert np.allclose(np.cov(components.numpy().T), np.diag(variances[:2:-1]))
+    assert np.allclose(abs(components), abs((x - x.mean(0)).numpy() @ axes[:, :2:-1]))
+    # An axis keeps its direction whatever the order and the sign of the points.
+    assert torch.allclose(visualize.principal_components(-x), -components)
+    assert torch.allclose(visualize.principal_components(x.flip(0)), components.flip(0))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_principal_components_of_few_points(count):
+    components = visualize.principal_components(torch.eye(count, 6))
+    assert components.shape == (count, 3)
+    assert torch.allclose(components.norm(dim=1), torch.tensor([0.0, 0.5**0.5])[count - 1])
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_foreground_is_the_side_away_from_the_border_and_the_rest_is_black(swap):
+    torch.manual_seed(0)
+    h, w = 7, 9
+    inside = torch.zeros(h, w, dtype=torch.bool)
+    inside[2:5, 3:7] = True
+    one, other = torch.randn(2, 16) * (-1 if swap else 1)
+    patches = torch.where(inside.flatten()[:, None], one, other) + 0.1 * torch.randn(h * w, 16)
+    foreground = visualize.find_foreground(patches, h, w)
+    assert torch.equal(foreground, inside)
+    colours = visualize.colour(patches, foreground)
+    assert (colours[~inside] == 0).all()
+    assert (colours[inside].amin(dim=0) == 0).all() and (colours[inside].amax(dim=0) == 1).all()
+
+
+def test_colours_of_degenerate_images():
+    same = torch.ones(6, 16)
+    assert not visualize.colour(same, visualize.find_foreground(same, 2, 3)).any()
+    assert visualize.find_foreground(torch.ones(1, 16), 1, 1).shape == (1, 1)
+    assert torch.isfinite(visualize.colour(same, torch.ones(2, 3, dtype=torch.bool))).all()
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_PLAIN])
+def test_maps_are_those_of_the_model(config):
+    model, photo = random_model(config), random_photo(24, 16)
+    x = preprocess(photo, (24 * 16) ** 0.5, keep_aspect=True, patch_size=4)
+    maps = visualize.see(model, x)
+    registers = [f"attention of register {i}" for i in range(1, config.num_register_tokens + 1)]
+    assert list(maps) == ["image", "principal components", "norm", "attention of CLS", *registers]
+    assert np.allclose(maps["image"], np.asarray(photo) / 255, atol=1e-6)
+    with torch.inference_mode():
+        (before_norm,) = model.get_intermediate_layers(x[None], norm=False, reshape=True)
+        attention = model.attention_maps(x[None])
+    assert torch.allclose(maps["norm"], before_norm[0].square().sum(0).sqrt())
+    for i, title in enumerate(["attention of CLS", *registers]):
+        assert torch.allclose(maps[title], attention[0, :, i].sum(0) / config.num_heads)
+    assert maps["principal components"].shape == (4, 6, 3)
+
+
+def test_visualizing_draws_a_row_for_each_model_and_counts_outliers(tmp_path):
+    plain, registers = random_model(TINY_PLAIN), random_model(TINY)
+    with torch.no_grad():
+        plain.pos_embed[0, 1 + 7] = 1000  # which makes an outlier of the 8th of 25 patches
+    dinoreg.save(plain, tmp_path / "plain.safetensors")
+    dinoreg.save(dinoreg.LinearClassifier(registers, 3), tmp_path / "registers.safetensors")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        random_photo(20, 20).save(tmp_path / folder / "photo.png")
+    (tmp_path / "text.png").write_text("no image")
+    out = tmp_path / "new" / "folder"
+    images = [tmp_path / name for name in ("text.png", "a", "b", "none.png")]
+    models = [tmp_path / "plain.safetensors", tmp_path / "registers.safetensors"]
+
+    result = run("visualize.py", *images, "--size", 20, "--output", out, "--model", *models)
+    assert result.returncode == 1
+    assert [line.split(": ")[1] for line in errors(result, "visualize")] == [str(images[0]), str(images[3])]
+    outliers, none = result.stdout.splitlines()
+    assert outliers.startswith(f"{models[0]}: 4.00% of 50 patches") and none.startswith(f"{models[1]}: 0.00% of 50 ")
+    assert sorted(os.listdir(out)) == ["photo_2_features.png", "photo_features.png"]
+    two = np.asarray(Image.open(out / "photo_features.png").convert("RGB"))
+
+    # Without registers there are four columns; half of the norms are above their median.
+    with torch.inference_mode():
+        norms = visualize.see(plain, preprocess(images[1] / "photo.png", 20, True, 4))["norm"]
+    cutoff = norms.median().item() - 1e-3
+    args = ["--model", models[0], "--cutoff", cutoff, "--size", 20, "--output", out]
+    result = run("visualize.py", tmp_path / "a" / "photo.png", *args)
+    assert result.returncode == 0 and not errors(result, "visualize")
+    assert result.stdout.startswith(f"{models[0]}: 52.00% of 25 patches")  # 13 of 25
+    one = np.asarray(Image.open(out / "photo_features.png").convert("RGB"))
+    assert two.shape[1] == 2 * one.shape[1] and two.shape[0] > 1.5 * one.shape[0]
+    # The outlier shines in the map of norms, the third column, and it alone: it is a 25th of that.
+    yellow = (abs(one.astype(int) - [253, 231, 37]).max(axis=2) < 3).sum(axis=0)
+    columns = yellow.reshape(4, -1).sum(axis=1)
+    assert columns.argmax() == 2 and columns[2] == pytest.approx((one.shape[1] / 4) ** 2 / 25, rel=0.15)
+
+
+@pytest.mark.parametrize("script", ["visualize", "find_objects"])
+@pytest.mark.parametrize(
+    "model, size, reason",
+    [("none.pth", 20, "no such file"), ("bad.pth", 20, "not a checkpoint"), ("tiny.safetensors", 3, "at least 4")],
+)
+def test_what_cannot_start_says_why_in_a_line(tmp_path, script, model, size, reason):
+    random_photo(20, 20).save(tmp_path / "photo.png")
+    (tmp_path / "bad.pth").write_text("no weights")
+    dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
+    args = ["--model", tmp_path / model, "--size", size, "--output", tmp_path / "out"]
+    result = run(f"{script}.py", tmp_path / "photo.png", *args)
+    (line,) = errors(result, script)
+    assert result.returncode == 2 and reason in line and not result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@needs_real_weights
+def test_real_weights_see_the_cup():
+    photo = EXAMPLES / "images" / "coffee.jpg"
+    maps = visualize.see(dinoreg.load(REAL_WEIGHTS), preprocess(photo, 336, keep_aspect=True))
+    foreground = maps["principal components"].any(dim=2)  # (20, 29)
+    assert foreground[5:18, 8:20].float().mean() > 0.95
+    assert foreground[:, :3].float().mean() < 0.05 and foreground[:, -5:].float().mean() < 0.05
+    assert maps["norm"].max() < visualize.OUTLIER * maps["norm"].median()  # so small a model has no outliers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# find_objects.py
+
+
+def lost_by_hand(similarity: np.ndarray, h: int, w: int, k: int) -> np.ndarray:
+    """LOST, one patch at a time, from the text of the paper."""
+    patches = range(h * w)
+    degree = [sum(similarity[p, q] > 0 for q in patches) for p in patches]
+    order = sorted(patches, key=lambda p: degree[p])
+    seed = order[0]
+    seeds = [p for p in order[:k] if similarity[p, seed] > 0]
+    alike = {q for q in patches if sum(similarity[p, q] for p in seeds) > 0}
+    found, edge = set(), {seed} & alike
+    while edge:
+        p = edge.pop()
+        found.add(p)
+        near = {p + step for step in (-w, w)} | ({p - 1} if p % w else set()) | ({p + 1} if (p + 1) % w else set())
+        edge |= near & alike - found
+    return np.array([p in found for p in patches]).reshape(h, w)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lost_is_what_the_paper_says(seed, monkeypatch):
+    monkeypatch.setattr(find_objects, "CANDIDATES", 20)
+    torch.manual_seed(seed)
+    h, w = 8, 11
+    features = torch.randn(5, 3, 4) if seed % 2 else torch.randn(5, 4, 4)
+    features = torch.nn.functional.interpolate(features.permute(2, 0, 1)[None], size=(h, w), mode="bilinear")
+    features = features[0].flatten(1).T + 0.5 * torch.randn(h * w, 4)
+    similarity = features @ features.T
+    mask = find_objects.lost(similarity, h, w)
+    assert 0 < mask.sum() < h * w
+    assert np.array_equal(mask, lost_by_hand(similarity.double().numpy(), h, w, 20))
+
+
+def test_lost_finds_the_lesser_part_in_one_piece():
+    h, w = 10, 12
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    mask[3:6, 2:7] = True
+    other = torch.zeros(h, w, dtype=torch.bool)
+    other[8, 10] = True  # is like the object, but not connected to it
+    features = torch.where((mask | other).flatten()[:, None], torch.tensor([1.0, 0.2]), torch.tensor([-1.0, 0.2]))
+    found = find_objects.lost(features @ features.T, h, w)
+    assert np.array_equal(found, mask)
+    assert find_objects.find_box(found, 120, 100) == [20, 30, 70, 60]
+    assert find_objects.find_box(found, 60, 205) == [10, 62, 35, 123]
+    nothing = find_objects.lost(-torch.ones(h * w, h * w), h, w)
+    assert nothing.shape == (h, w) and not nothing.any() and find_objects.find_box(nothing, 120, 100) is None
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_PLAIN, replace(TINY, depth=1)])
+def test_keys_queries_and_values_are_those_of_the_last_block(config):
+    model, x = random_model(config), torch.randn(3, 16, 24)
+    seen = []
+    hook = model.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.inference_mode():
+        model(x[None])
+    hook.remove()
+    expected = seen[0][0, 1 + config.num_register_tokens :]  # (h * w, 3 D)
+    features = find_objects.last_attention(model, x)
+    for i, name in enumerate(("queries", "keys", "values")):
+        assert features[name].shape == (24, 32)
+        assert torch.allclose(features[name], expected[:, 32 * i : 32 * (i + 1)], atol=1e-5)
+
+
+def test_finding_objects_says_where_and_draws_it(tmp_path):
+    model = random_model(TINY)
+    dinoreg.save(model, tmp_path / "tiny.safetensors")
+    photo = random_photo(96, 64)
+    photo.save(tmp_path / "photo.png")
+    (tmp_path / "text.png").write_text("no image")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise to stand upright
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    images, out = [tmp_path / name for name in ("photo.png", "text.png", "turned.png", "none.png")], tmp_path / "out"
+    args = ["--model", tmp_path / "tiny.safetensors", "--size", 40, "--output", out, "--features", "keys"]
+
+    result = run("find_objects.py", *images, *args)
+    assert result.returncode == 1
+    assert [line.split(": ")[1] for line in errors(result, "find_objects")] == [str(images[1]), str(images[3])]
+    x = preprocess(photo, 40, keep_aspect=True, patch_size=4)
+    keys = find_objects.last_attention(model, x)["keys"]
+    gram = keys @ keys.T
+    mask = find_objects.lost(gram + find_objects.BIAS["keys"] * gram.mean(), x.shape[1] // 4, x.shape[2] // 4)
+    box = find_objects.find_box(mask, 96, 64)
+    left, top, right, bottom = box
+    assert (right - left) * (bottom - top) < 96 * 64  # or all would be one
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"image": str(images[0]), "box": box},
+        {"image": str(images[2]), "box": box},
+    ]
+
+    assert sorted(os.listdir(out)) == ["photo_object.png", "turned_object.png"]
+    picture, turned = (np.asarray(Image.open(out / f"{name}_object.png")) for name in ("photo", "turned"))
+    assert picture.shape == (64, 96, 3) and np.array_equal(picture, turned)
+    yellow = (picture == [255, 255, 0]).all(axis=2)
+    y, x = yellow.nonzero()
+    assert [x.min(), y.min(), x.max() + 1, y.max() + 1] == box
+    assert yellow[top, left:right].all() and yellow[bottom - 1, left:right].all()
+    assert yellow[top:bottom, left].all() and yellow[top:bottom, right - 1].all()
+    same = (picture == np.asarray(photo)).all(axis=2)
+    lit = np.asarray(Image.fromarray(mask).resize((96, 64), Image.Resampling.NEAREST))
+    assert same[lit & ~yellow].all() and same[~lit & ~yellow].mean() < 0.05
+
+
+@pytest.mark.parametrize("bias, box", [(1, [0, 0, 96, 64]), (-9, None)])
+def test_with_a_bias_all_patches_are_alike_or_none_is(tmp_path, bias, box):
+    dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
+    photo = random_photo(96, 64)
+    photo.save(tmp_path / "photo.png")
+    args = ["--features", "keys", "--bias", bias, "--model", tmp_path / "tiny.safetensors", "--size", 40]
+    result = run("find_objects.py", tmp_path / "photo.png", *args, "--output", tmp_path)
+    assert json.loads(result.stdout) == {"image": str(tmp_path / "photo.png"), "box": box}
+    same = (np.asarray(Image.open(tmp_path / "photo_object.png")) == photo).all(axis=2)
+    assert same[2:-2, 2:-2].mean() == (1 if box else 0)
+
+
+@needs_real_weights
+@pytest.mark.parametrize("features", ["values", "queries", "keys"])
+def test_real_weights_find_the_cup_and_the_astronaut(tmp_path, features):
+    images = [EXAMPLES / "images" / name for name in ("astronaut.jpg", "coffee.jpg")]
+    result = run("find_objects.py", *images, "--model", REAL_WEIGHTS, "--features", features, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    face, cup = (json.loads(line)["box"] for line in result.stdout.splitlines())
+    assert face[0] < 160 and face[1] < 40 and face[2] > 270 and face[3] > 200  # contains the head
+    if features != "keys":  # which see all of her, and the flag
+        assert 0.1 < (face[2] - face[0]) * (face[3] - face[1]) / 512**2 < 0.3
+    true = [74, 13, 478, 390]  # cup and saucer
+    width, height = (max(0, min(cup[i + 2], true[i + 2]) - max(cup[i], true[i])) for i in (0, 1))
+    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (cup, true))
+    assert width * height / (area - width * height) > 0.85
