@@ -317,7 +317,7 @@ class DinoVisionTransformer(nn.Module):
             shapes = [part.shape[:2] for part in x]
             x = pack(x)
         outputs = []
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for i, block in zip(range(max(wanted) + 1), self.blocks):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, shapes, use_reentrant=False)
             else:
@@ -361,9 +361,10 @@ class DinoVisionTransformer(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """What `forward` returns, (B, D), without the work that the last block does for other tokens' sake."""
         x = self.prepare_tokens_with_masks(x)
-        for block in self.blocks[:-1]:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
-        return self.norm(self.blocks[-1](x, queries=1))[:, 0]
+        return self.norm(last(x, queries=1))[:, 0]
 
     def get_intermediate_layers(
         self, x: Tensor, n: int | Collection[int] = 1, reshape=False, return_class_token=False, norm=True
@@ -399,7 +400,7 @@ class DinoVisionTransformer(nn.Module):
         h = x.shape[2] // self.patch_size
 
         x, maps = self.prepare_tokens_with_masks(x), {}
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for i, block in zip(range(max(wanted) + 1), self.blocks):
             if i in wanted:
                 rows = block.attn.rows(block.norm1(x), queries=special)
                 maps[i] = rows[..., special:].unflatten(-1, (h, -1))
@@ -436,7 +437,7 @@ class LinearClassifier(nn.Module):
 
     def linear_input(self, x: Tensor | list[Tensor]) -> Tensor:
         """What the linear layer sees of images: (B, C, H, W) -> (B, (layers + 1) * D)."""
-        last = range(self.backbone.n_blocks)[-self.layers :]
+        last = list(range(self.backbone.n_blocks))[-self.layers :]
         outputs = self.backbone.run_blocks(self.backbone.prepare_tokens_with_masks(x), last)
         if isinstance(x, list):
             return torch.cat([self.summarise(image) for image in zip(*outputs)])
@@ -479,7 +480,7 @@ def preprocess(
         image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
         if fast:
             image.draft("RGB", (short, short))
-    image = _to_rgb(image)
+    image = to_rgb(image)
     if max(image.size) > 100 * min(image.size):  # the resized one could be larger than memory
         raise ValueError(f"an image of {image.width} x {image.height} pixels is too narrow")
     if keep_aspect:
@@ -496,7 +497,7 @@ def preprocess(
     return pixels.float().div(255).sub(mean).div(std)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB: upright, on white where it is transparent."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)

@@ -340,6 +340,7 @@ def test_half_precision(dtype):
     assert 0 < scaled_error(actual.float(), expected) < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4 writes C++ for this that does not compile")
 def test_compiles_as_one_graph():
     model = LinearClassifier(randomised(TINY), 5, layers=2).eval()
     compiled = torch.compile(model, fullgraph=True)

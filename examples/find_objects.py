@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     images, failed = dinoreg.find_images(args.images), 0
     for image, path in zip(tqdm(images, unit="image"), name_pictures(images, args.output)):
         try:
-            photo = dinoreg._to_rgb(Image.open(image))
+            photo = dinoreg.to_rgb(Image.open(image))
             x = dinoreg.preprocess(photo, args.size, keep_aspect=True, patch_size=model.patch_size)
         except Exception as error:  # of any kind: PIL's plugins are many
             tqdm.write(f"find_objects: {image}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
