@@ -1,0 +1,193 @@
+"""Find the images of a folder that are most like a given one.
+
+    pip install -e ".[examples]"
+    python examples/search.py FOLDER --query photo.jpg
+
+The index is one safetensors file in the folder: the normalised CLS token of each image, as in the retrieval experiments
+of the DINOv2 paper (section 7.3). Only images that are new or changed since the last run go through the model, and the
+index forgets those that are gone. The nearest are those with the greatest cosine; an image is never its own neighbour.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import dinoreg
+
+BATCH = 16
+THUMBNAIL = 224  # pixels
+
+Index = dict[str, tuple[list[int], Tensor]]  # path in the folder: (stamp, feature (D,))
+
+
+def stamp(path: Path) -> list[int] | None:
+    """What tells a file from a changed one, its size and time of change; None if there is no such file."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+
+
+def read_index(path: Path, model: list) -> Index:
+    """The index of an earlier run; empty if there is none, or if another model made it."""
+    if not path.exists():
+        return {}
+    tensors, metadata = dinoreg.read_tensors(path)
+    if "files" not in metadata:  # it would be overwritten
+        raise ValueError(f"{path}: not an index of images")
+    if json.loads(metadata["model"]) != model:
+        return {}
+    features = tensors["features"].clone()  # not mapped: Windows replaces no file that is
+    return {name: (when, feature) for (name, when), feature in zip(json.loads(metadata["files"]), features)}
+
+
+def write_index(index: Index, path: Path, model: list) -> None:
+    """Whole or not at all."""
+    files = [(name, when) for name, (when, _) in index.items()]
+    features = torch.stack([feature for _, feature in index.values()])  # (n, D), float16
+    metadata = {"model": json.dumps(model), "files": json.dumps(files)}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, "part")
+        save_file({"features": features}, part, metadata)
+        os.replace(part, path)
+
+
+@torch.inference_mode()
+def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[Tensor | str]:
+    """For each image file in turn: its CLS token (D,), of length 1, float16; or why it could not be read."""
+
+    def read(path: Path) -> Tensor | str:
+        try:
+            return dinoreg.preprocess(path, model.config.crop_size)
+        except Exception as error:  # of any kind: PIL's plugins are many
+            return f"{path}: {getattr(error, 'strerror', None) or str(error) or repr(error)}"
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), BATCH):
+            images = list(pool.map(read, paths[start : start + BATCH]))
+            tensors = [image for image in images if isinstance(image, Tensor)]
+            if tensors:
+                features = model.embed(torch.stack(tensors).to(model.pos_embed.device))  # (B, D)
+                features = iter(F.normalize(features, dim=1).half().cpu())
+            for image in images:
+                yield next(features) if isinstance(image, Tensor) else image
+
+
+def draw(path: Path, images: list[Path], captions: list[str]) -> None:
+    """The squares that the model sees of images, the first of which is framed, and a caption below each."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(2.1 * columns, 2.45 * rows), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    mean, std = torch.tensor([dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD])[:, :, None, None]
+    for axis, image, caption in zip(axes, images, captions):
+        pixels = dinoreg.preprocess(image, THUMBNAIL) * std + mean  # (3, H, W), 0 to 1
+        axis.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy())
+        axis.set_xlabel(caption, fontsize=9, color="0.2", parse_math=False)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(image is images[0])
+        axis.spines[:].set(linewidth=3, color="tab:orange")
+    for axis in axes[len(images) :]:
+        axis.set_axis_off()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        figure.savefig(part, bbox_inches="tight", pad_inches=0.1)
+        os.replace(part, path)
+
+
+def shorten(text: str, width: int = 28) -> str:
+    """At most width letters of a text: both of its ends."""
+    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"
+
+
+def update(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer) -> tuple[Index, int]:
+    """The index as the folder is now, written if it is new; and how many images could not be read."""
+    identity = [args.model, stamp(Path(args.model))]
+    old = read_index(args.index, identity)
+    paths = [path for path in dinoreg.find_images([args.folder]) if path.resolve() != args.output.resolve()]
+    if paths in ([], [args.folder]):
+        raise ValueError(f"{args.folder}: no images")
+    stamps = {path.relative_to(args.folder).as_posix(): stamp(path) for path in paths}
+    index = {name: old[name] for name in stamps if name in old and old[name][0] == stamps[name]}
+    kept, new, failed = len(index), [name for name in stamps if name not in index], 0
+    features = embed(model, [args.folder / name for name in new])
+    try:
+        for name, feature in zip(new, tqdm(features, total=len(new), unit="image", disable=not new)):
+            if isinstance(feature, Tensor):
+                index[name] = (stamps[name], feature)
+            else:
+                failed += 1
+                tqdm.write(f"search: {feature}", file=sys.stderr)
+    finally:  # an interrupted run keeps what it has
+        if index and (len(index) > kept or len(old) > kept):
+            write_index(index, args.index, identity)
+    print(f"{args.index}: {len(index) - kept} embedded, {kept} kept, {len(old.keys() - stamps)} gone")
+    return index, failed
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: no such folder")
+    args.index = args.index or args.folder / ".dinoreg-index.safetensors"
+    if args.query and not args.output.parent.is_dir():
+        raise ValueError(f"{args.output.parent}: no such folder")
+    if args.index.suffix != ".safetensors":
+        raise ValueError(f"{args.index}: the name of an index ends in .safetensors")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model = dinoreg.load(args.model, device=best)
+    model = getattr(model, "backbone", model)  # of a classifier
+    if args.query:
+        (query,) = embed(model, [args.query])  # first, since it may be no image
+        if isinstance(query, str):
+            raise ValueError(query)
+
+    index, failed = update(args, model)
+    if args.query and index:
+        features = torch.stack([feature for _, feature in index.values()])  # (n, D)
+        cosines, order = (features.float() @ query.float()).topk(min(args.top + 1, len(index)))
+        names = list(index)
+        found = [(cosine, args.folder / names[i]) for cosine, i in zip(cosines.tolist(), order.tolist())]
+        found = [(cosine, path) for cosine, path in found if path.resolve() != args.query.resolve()][: args.top]
+        for cosine, path in found:
+            print(f"{cosine:.3f}  {path}")
+        captions = [f"{shorten(path.name)}\n{cosine:.3f}" for cosine, path in found]
+        images = [args.query, *(path for _, path in found)]
+        draw(args.output, images, [f"{shorten(args.query.name)}\nquery", *captions])
+        print(args.output)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="its images, also those in folders in it, are indexed")
+    add("--query", type=Path, metavar="IMAGE", help="find what is most like it")
+    add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
+    add("--index", type=Path, metavar="FILE", help="default: FOLDER/.dinoreg-index.safetensors")
+    add("--top", type=int, default=8, metavar="K", help="how many to find (default: %(default)s)")
+    add("--output", type=Path, default=Path("nearest.png"), help="their pictures (default: %(default)s)")
+    args = parser.parse_args()
+    if args.top < 1:
+        parser.error("--top must be at least 1")
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
+        print("search:", str(error).partition("\n")[0], file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

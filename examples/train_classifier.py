@@ -1,0 +1,326 @@
+"""Train a classifier on your own images: a folder with one sub-folder for each class, which is named as the class.
+
+    pip install -e ".[examples]"
+    python examples/train_classifier.py FOLDER --output mine.safetensors
+    python -m dinoreg photo.jpg --weights mine.safetensors
+
+The backbone runs once over the images, and what it gives is kept in a file. On these features:
+  - a linear head is trained as in the official linear evaluation (dinov2/eval/linear.py): SGD with momentum, a cosine
+    schedule, no weight decay, and a head for each of 13 learning rates, of which the best on held-out images is kept
+    (so the accuracy told is that of the best of 13);
+  - or, with --knn, the 20 nearest images vote, as in the official k-NN evaluation (dinov2/eval/knn.py).
+With --finetune the backbone is trained, too, after the head (Kumar et al., 2022, https://arxiv.org/abs/2202.10054), its
+early blocks more slowly (Bao et al., 2021, https://arxiv.org/abs/2106.08254). A fifth of each class is held out.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from sklearn.metrics import accuracy_score, confusion_matrix
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dinoreg
+
+BATCH = 16  # images in the backbone at once
+HEAD_BATCH, HEAD_STEPS = 128, 2000
+LEARNING_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]  # of a batch of 256
+
+
+def find_classes(folder: Path) -> tuple[list[str], list[Path], list[int]]:
+    """The names of the classes, all image files, and the number of the class of each."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(folders) < 2:
+        raise ValueError(f"{folder}: two or more sub-folders are needed, one for each class; there are {len(folders)}")
+    found = [(path, i) for i, one in enumerate(folders) for path in dinoreg.find_images([one]) if path != one]
+    return [path.name for path in folders], [path for path, _ in found], [i for _, i in found]
+
+
+def split(names: list[str], classes: Tensor) -> Tensor:
+    """Which images are held out (n,): a fifth of those of each class (n,), at least one, and always the same."""
+    generator, held_out = torch.Generator().manual_seed(0), torch.zeros(len(classes), dtype=torch.bool)
+    for i, name in enumerate(names):
+        members = torch.where(classes == i)[0]
+        if len(members) < 2:
+            raise ValueError(f"{name}: a class needs two or more images that can be read; there are {len(members)}")
+        members = members[torch.randperm(len(members), generator=generator)]
+        held_out[members[: max(1, len(members) // 5)]] = True
+    return held_out
+
+
+def read_ahead(read: Callable, batches: Iterable[Sequence]) -> Iterator[list]:
+    """What `read` makes of the items of each batch: the next batch is read while this one is computed."""
+    with ThreadPoolExecutor() as pool:
+        ahead = None
+        for batch in batches:
+            ahead, now = pool.map(read, batch), ahead
+            if now:
+                yield list(now)
+        yield list(ahead or ())
+
+
+@torch.inference_mode()
+def apply(function: Callable[[Tensor], Tensor], paths: list[Path], size: int, device: str) -> list[Tensor | str]:
+    """What a function of images (B, 3, size, size) gives for each file, on the CPU; or why it could not be read."""
+
+    def read(path: Path) -> Tensor | str:
+        try:
+            return dinoreg.preprocess(path, size)
+        except Exception as error:  # of any kind: PIL's plugins are many
+            return getattr(error, "strerror", None) or str(error) or repr(error)
+
+    results, bar = [], tqdm(total=len(paths), unit="image")
+    for images in read_ahead(read, (paths[i : i + BATCH] for i in range(0, len(paths), BATCH))):
+        tensors = [image for image in images if isinstance(image, Tensor)]
+        outputs = iter(function(torch.stack(tensors).to(device)).float().cpu() if tensors else ())
+        results += [next(outputs) if isinstance(image, Tensor) else image for image in images]
+        bar.update(len(images))
+    bar.close()
+    return results
+
+
+def stamp(path: Path) -> list:
+    """What tells a file from any other, and from itself when it changed."""
+    return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else [str(path)]
+
+
+def cached_features(
+    model: dinoreg.LinearClassifier, name: str, paths: list[Path], size: int, device: str, cache: Path
+) -> tuple[Tensor, dict[str, str]]:
+    """What the linear layer sees of the images that can be read (n, F), and why others cannot. Computed only if the
+    cache is not of this model, these files and this size."""
+    key = json.dumps([stamp(Path(name)), model.layers, size, [stamp(path) for path in paths]])
+    key = hashlib.sha256(key.encode()).hexdigest()
+    if cache.exists():
+        tensors, metadata = dinoreg.read_tensors(cache)
+        if "unreadable" not in metadata:  # it would be overwritten
+            raise ValueError(f"{cache}: not a cache of features")
+        if metadata["key"] == key:
+            print(f"{len(tensors['features'])} features from {cache}")
+            return tensors["features"].clone(), json.loads(metadata["unreadable"])
+    results = apply(model.linear_input, paths, size, device)
+    readable = [x for x in results if isinstance(x, Tensor)]
+    unreadable = {str(path): x for path, x in zip(paths, results) if isinstance(x, str)}
+    features = torch.stack(readable) if readable else torch.empty(0, model.linear_head.in_features)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+        part = Path(folder, "part")
+        save_file({"features": features}, part, {"key": key, "unreadable": json.dumps(unreadable)})
+        os.replace(part, cache)
+    print(f"{len(features)} features written to {cache}")
+    return features, unreadable
+
+
+def vote(train: Tensor, classes: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """The class (m,) of each query (m, D), by the votes of the k training images (n, D) of the greatest cosines."""
+    train, queries, predicted = F.normalize(train, dim=1), F.normalize(queries, dim=1), []
+    for part in queries.split(1024):
+        cosines, nearest = (part @ train.mT).topk(min(k, len(train)))  # (1024, k)
+        votes = part.new_zeros(len(part), int(classes.max()) + 1)
+        votes.scatter_add_(1, classes[nearest], (cosines / temperature).softmax(dim=1))
+        predicted.append(votes.argmax(dim=1))
+    return torch.cat(predicted)
+
+
+def train_head(model: dinoreg.LinearClassifier, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Train a head for each learning rate on features x (n, F) of classes y (n,), give the model the one that is best
+    on those held out, and tell its rate.
+
+    All heads are one linear layer: without weight decay, a learning rate is the same as a factor of the loss.
+    """
+    rates = torch.tensor(LEARNING_RATES, device=x.device) * HEAD_BATCH / 256
+    K = model.linear_head.out_features
+    heads = nn.Linear(x.shape[1], len(rates) * K, device=x.device)
+    nn.init.normal_(heads.weight, std=0.01)
+    nn.init.zeros_(heads.bias)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, HEAD_STEPS, eta_min=0)
+
+    def losses(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each head on features (B, F), and how many of their classes (B,) it gets right."""
+        logits = heads(x).unflatten(1, (-1, K)).mT  # (B, K, heads)
+        y = y[:, None].expand(-1, len(rates))
+        return F.cross_entropy(logits, y, reduction="none").mean(dim=0), (logits.argmax(dim=1) == y).sum(dim=0)
+
+    for _ in tqdm(range(HEAD_STEPS), unit="step"):
+        batch = torch.randint(len(x), (HEAD_BATCH,), device=x.device)
+        optimizer.zero_grad()
+        (losses(x[batch], y[batch])[0] @ rates).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        loss, right = losses(test_x, test_y)
+        best = max(range(len(rates)), key=lambda i: (right[i].item(), -loss[i].item()))
+        model.linear_head.weight.copy_(heads.weight.unflatten(0, (-1, K))[best])
+        model.linear_head.bias.copy_(heads.bias.unflatten(0, (-1, K))[best])
+    return LEARNING_RATES[best]
+
+
+def parameter_groups(model: dinoreg.LinearClassifier, lr: float, decay: float = 0.75) -> list[dict]:
+    """A layer learns more slowly than the next one by the factor decay; matrices alone have weight decay."""
+    last, groups = model.backbone.n_blocks + 1, {}
+    for name, parameter in model.named_parameters():
+        layer = last if name.startswith(("backbone.norm", "linear_head")) else 0
+        if name.startswith("backbone.blocks"):
+            layer = 1 + int(name.split(".")[2])
+        weight_decay = 0.05 if parameter.ndim > 1 and name.endswith("weight") else 0.0
+        empty = {"params": [], "lr": lr * decay ** (last - layer), "weight_decay": weight_decay}
+        groups.setdefault((layer, weight_decay), empty)["params"].append(parameter)
+    return list(groups.values())
+
+
+def random_crop(path: Path, numbers: Tensor, size: int, flip: bool) -> Tensor:
+    """35 to 100 % of an image, 3:4 to 4:3 in shape, perhaps mirrored, as five numbers say: (3, size, size)."""
+    x = dinoreg.preprocess(path, size * 3 // 2, keep_aspect=True, patch_size=1)
+    area, shape, top, left, mirror = numbers.tolist()
+    H, W = x.shape[1:]
+    side, stretch = math.sqrt((0.35 + 0.65 * area) * H * W), (4 / 3) ** (shape - 0.5)
+    h, w = min(H, round(side * stretch)), min(W, round(side / stretch))
+    top, left = round(top * (H - h)), round(left * (W - w))
+    x = x[None, :, top : top + h, left : left + w]
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
+    return x.flip(2) if flip and mirror < 0.5 else x
+
+
+def finetune(
+    model: dinoreg.LinearClassifier, paths: list[Path], classes: Tensor, size: int, epochs: int, flip: bool, device: str
+) -> None:
+    """Train all of the model on images and their classes (n,)."""
+    on_gpu = device == "cuda"
+    model.backbone.grad_checkpointing = on_gpu  # a third slower, for a fraction of the memory
+    groups, steps = parameter_groups(model, lr=1e-4), math.ceil(len(paths) / BATCH)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], epochs * steps, pct_start=0.1, cycle_momentum=False
+    )
+    model.train()
+    bar = tqdm(total=epochs * steps, unit="step")
+    order = [batch for _ in range(epochs) for batch in torch.randperm(len(paths)).split(BATCH)]
+    items = ([(paths[i], torch.rand(5)) for i in batch] for batch in order)  # threads would draw in any order
+    for batch, images in zip(order, read_ahead(lambda item: random_crop(*item, size, flip), items)):
+        x, y = torch.stack(images).to(device), classes[batch].to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.3f}")
+    bar.close()
+    model.eval()
+
+
+def report(kind: str, names: list[str], classes: Tensor, predicted: Tensor) -> None:
+    """Print how many images are right, and which classes are most often taken for which."""
+    print(f"{kind}: {accuracy_score(classes, predicted):.1%} of {len(classes)} held-out images are right")
+    wrong = torch.from_numpy(confusion_matrix(classes, predicted, labels=range(len(names)))).fill_diagonal_(0)
+    counts, pairs = wrong.flatten().topk(min(5, wrong.numel()))
+    for count, pair in zip(counts.tolist(), pairs.tolist()):
+        if count:
+            print(f"{count:4} x  {names[pair // len(names)]} taken for {names[pair % len(names)]}")
+
+
+def load_model(args: argparse.Namespace, num_classes: int) -> dinoreg.LinearClassifier:
+    """A trained backbone, which sees images of --size pixels, under a new head."""
+    backbone = dinoreg.load(args.model)
+    backbone = getattr(backbone, "backbone", backbone)  # of a classifier
+    size = args.size or backbone.config.crop_size
+    if size < 1 or size % backbone.patch_size:
+        raise ValueError(f"--size must be a multiple of {backbone.patch_size}, got {size}")
+    if args.layers > backbone.n_blocks:
+        raise ValueError(f"--layers must be at most {backbone.n_blocks}, got {args.layers}")
+    backbone.config = dataclasses.replace(backbone.config, crop_size=size)
+    if args.finetune:
+        trained = backbone.state_dict()
+        backbone = dinoreg.DinoVisionTransformer(dataclasses.replace(backbone.config, drop_path_rate=0.1))
+        backbone.load_state_dict(trained)
+    return dinoreg.LinearClassifier(backbone, num_classes, args.layers).eval()
+
+
+def run(args: argparse.Namespace) -> int:
+    names, paths, classes = find_classes(args.folder)
+    split(names, torch.tensor(classes))  # says at once if there are too few images
+    folder = args.folder.resolve()
+    cache = args.cache or folder.with_name(f"{folder.name}.features.safetensors")
+    for path in [cache] if args.knn else [cache, args.output]:
+        if path.suffix != ".safetensors" or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: must be a .safetensors file in a folder that can be written to")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model = load_model(args, len(names)).to(device)
+    D, size = model.backbone.embed_dim, model.backbone.config.crop_size
+
+    features, unreadable = cached_features(model, args.model, paths, size, device, cache)
+    for path, reason in unreadable.items():
+        print(f"train_classifier: {path}: {reason}", file=sys.stderr)
+    status = 1 if unreadable else 0
+    readable = [i for i, path in enumerate(paths) if str(path) not in unreadable]
+    paths, classes = [paths[i] for i in readable], torch.tensor([classes[i] for i in readable])
+    held_out = split(names, classes)
+    train_paths, test_paths = ([path for path, out in zip(paths, held_out) if out == part] for part in (False, True))
+    x, y, test_x, test_y = features[~held_out], classes[~held_out], features[held_out], classes[held_out]
+
+    if args.knn:
+        cls = slice((args.layers - 1) * D, args.layers * D)  # of the last block; the mean of the patches follows
+        report("k-NN", names, test_y, vote(x[:, cls], y, test_x[:, cls]))
+        print("no file is written: `python -m dinoreg` serves linear classifiers")
+        return status
+    torch.manual_seed(0)
+    rate = train_head(model, *(tensor.to(device) for tensor in (x, y, test_x, test_y)))
+    with torch.inference_mode():
+        predicted = model.linear_head(test_x.to(device)).argmax(dim=1).cpu()
+    report(f"linear head, learning rate {rate:g}", names, test_y, predicted)
+    if args.finetune:
+        finetune(model, train_paths, y, size, args.epochs, not args.no_flip, device)
+        predicted = torch.stack(apply(model, test_paths, size, device)).argmax(dim=1)
+        report(f"fine-tuned, {args.epochs} epochs", names, test_y, predicted)
+    dinoreg.save(model, args.output, names)
+    print(f"{args.output} written: python -m dinoreg IMAGE --weights {args.output}")
+    return status
+
+
+def main() -> int:
+    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="has a sub-folder of images for each class")
+    add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
+    add("--size", type=int, metavar="PIXELS", help="side of the square that it sees (default: the model's)")
+    add("--layers", type=int, choices=(1, 4), default=1, help="whose CLS tokens the head sees (default: %(default)s)")
+    add("--knn", action="store_true", help="only tell how good a k-NN classifier is")
+    add("--finetune", action="store_true", help="train the backbone, too; best on a GPU")
+    add("--epochs", type=int, default=10, help="of --finetune (default: %(default)s)")
+    add("--no-flip", action="store_true", help="let --finetune mirror no images: for text and the like")
+    add("--cache", type=Path, metavar="FILE", help="features of the images (default: FOLDER.features.safetensors)")
+    add("--output", type=Path, default=Path("classifier.safetensors"), help="default: %(default)s")
+    args = parser.parse_args()
+    if args.knn and args.finetune:
+        parser.error("--knn trains nothing: leave out --finetune")
+    if args.epochs < 1:
+        parser.error("--epochs must be at least 1")
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
+        print("train_classifier:", str(error).partition("\n")[0], file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
