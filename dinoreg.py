@@ -24,6 +24,7 @@ The letters of the shapes, used everywhere below:
 """
 
 import argparse
+import ctypes
 import dataclasses
 import http.client
 import io
@@ -573,8 +574,8 @@ def download(url: str) -> Path:
             os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"cannot download {url}: {error}. Put that file at {path} by hand, or try the model that comes with the "
-            "repository: --weights examples/digits.safetensors"
+            f"cannot download {url}: {error}. Put that file at {path} by hand, or use the model that comes with "
+            "the repository, examples/digits.safetensors"
         ) from None
     return path
 
@@ -738,6 +739,11 @@ def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int)
 
 
 def run(args: argparse.Namespace) -> int:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # glibc shall keep what is freed: else each layer's memory is returned, and then faulted in again
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
     source = args.weights or args.model
     model = load(source, args.layers, args.device, getattr(torch, args.dtype))
     if not isinstance(model, LinearClassifier):
@@ -746,6 +752,8 @@ def run(args: argparse.Namespace) -> int:
     if size % patch_size:
         raise ValueError(f"--size must be a multiple of {patch_size}, got {size}")
     labels = model.labels or range(model.linear_head.out_features)
+    if not args.keep_aspect:
+        model.backbone.fix_image_size(size, size)
 
     paths = find_images(args.images)
     width = max(len(str(path)) for path in paths)

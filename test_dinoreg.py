@@ -1104,7 +1104,7 @@ def test_without_network_and_without_weights(tmp_path):
     line = result.stderr.splitlines()[-1]
     assert "http://127.0.0.1:9/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth" in line
     assert str(tmp_path / "hub" / "checkpoints" / "dinov2_vits14_reg4_pretrain.pth") in line
-    assert "--weights examples/digits.safetensors" in line and "Traceback" not in result.stderr
+    assert "examples/digits.safetensors" in line and "Traceback" not in result.stderr
 
 
 def test_the_default_model_is_downloaded_and_used(hub, folder):

@@ -9,8 +9,7 @@ ratios within each turn: above 1, dinoreg is faster. On a GPU (bfloat16, CUDA ev
 """
 
 import argparse
-import json
-import os
+import itertools
 import statistics
 import subprocess
 import sys
@@ -68,15 +67,19 @@ def table(header: list[str], rows: list[list]) -> None:
     print()
 
 
-def whole_process(command: list) -> tuple[float, float]:
-    """(wall seconds, peak resident megabytes) of a command."""
-    start = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"failed: {command}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024  # kilobytes on Linux
+# A process counts as its own what its parent had in memory when it began: this one has little.
+PARENT = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, capture_output=True)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+"""
+
+
+def whole_process(command: list) -> list[float]:
+    """[wall seconds, peak resident megabytes] of a command."""
+    command = [sys.executable, "-c", PARENT, *map(str, command)]
+    return [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,9 +125,8 @@ def forward(turns: int) -> None:
     print("Forward, milliseconds per image. All tokens are computed and normalised, but by `embed`: CLS alone. The graphs of")
     print("onnxruntime and openvino give the CLS token. Matrix products: those of the model alone, in `torch.mm`.\n")
     rows, header = [], None
-    for name, size, batch in [
-        (name, size, batch) for name in ("vits14_reg", "vitb14_reg") for size in (224, 518) for batch in (1, 8)
-    ]:
+    shapes = ((224, 1), (224, 8), (518, 1))
+    for name, (size, batch) in itertools.product(("vits14_reg", "vitb14_reg"), shapes):
         model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(DEVICE, DTYPE).eval()
         images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
         with tempfile.TemporaryDirectory() as folder:
@@ -158,8 +160,9 @@ def start(turns: int) -> None:
     timm_code = """
 import timm, torch
 from PIL import Image
-model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=1000, img_size=224, checkpoint_path={!r}).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=1000, dynamic_img_size=True, checkpoint_path={!r})
+transform = timm.data.create_transform(224, interpolation="bicubic", crop_pct=0.875)
+model.eval()
 with torch.inference_mode():
     print(model(transform(Image.open({!r}).convert("RGB"))[None]).softmax(-1).topk(5))
 """
@@ -233,18 +236,20 @@ def folder(turns: int) -> None:
 
 
 GROWTH = """
-import resource, sys, time, torch, dinoreg
+import re, sys, time, torch, dinoreg
+status = lambda key: int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 size, batch = map(int, sys.argv[1:])
 model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vits14_reg"]).eval()
 model.fix_image_size(size, size)
 images = torch.randn(batch, 3, size, size)
-before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before, seconds = status("VmRSS"), []
 with torch.inference_mode():
     for _ in range(4):
         start = time.perf_counter()
         model.forward_features(images)
         seconds.append(time.perf_counter() - start)
-print(sorted(seconds[1:])[1], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(sorted(seconds[1:])[1], status("VmHWM") - before)
 """
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,14 +51,9 @@ def read_index(path: Path, model: list) -> Index:
 
 
 def write_index(index: Index, path: Path, model: list) -> None:
-    """Whole or not at all."""
     files = [(name, when) for name, (when, _) in index.items()]
     features = torch.stack([feature for _, feature in index.values()])  # (n, D), float16
-    metadata = {"model": json.dumps(model), "files": json.dumps(files)}
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, "part")
-        save_file({"features": features}, part, metadata)
-        os.replace(part, path)
+    dinoreg.write_tensors({"features": features}, path, {"model": json.dumps(model), "files": json.dumps(files)})
 
 
 @torch.inference_mode()

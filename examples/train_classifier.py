@@ -20,14 +20,12 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, confusion_matrix
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -116,10 +114,7 @@ def cached_features(
     readable = [x for x in results if isinstance(x, Tensor)]
     unreadable = {str(path): x for path, x in zip(paths, results) if isinstance(x, str)}
     features = torch.stack(readable) if readable else torch.empty(0, model.linear_head.in_features)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-        part = Path(folder, "part")
-        save_file({"features": features}, part, {"key": key, "unreadable": json.dumps(unreadable)})
-        os.replace(part, cache)
+    dinoreg.write_tensors({"features": features}, cache, {"key": key, "unreadable": json.dumps(unreadable)})
     print(f"{len(features)} features written to {cache}")
     return features, unreadable
 
