@@ -279,22 +279,26 @@ class DinoVisionTransformer(nn.Module):
         """
         if isinstance(x, list):
             return [self.prepare_tokens_with_masks(*pair) for pair in zip(x, masks or [None] * len(x))]
-        C, P = self.config.in_chans, self.patch_size
+        C = self.config.in_chans
         if x.ndim != 4 or x.shape[1] != C:
             raise ValueError(f"images must have shape (B, {C}, H, W), got {tuple(x.shape)}")
-        H, W = x.shape[2:]
-        if H % P or W % P or H == 0 or W == 0:
-            nearest = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
-            raise ValueError(f"image sides must be multiples of {P} pixels, got {H} x {W}; the nearest is {nearest}")
+        pos_embed = self.interpolate_pos_encoding(*self.to_grid(*x.shape[2:]))  # (1, 1 + h * w, D)
 
         patches = self.patch_embed(x.to(self.pos_embed.dtype))
         if masks is not None:
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-        pos_embed = self.interpolate_pos_encoding(H // P, W // P)
         prefix = self.cls_token + pos_embed[:, :1]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # (1, 1 + R, D)
         return torch.cat([prefix.expand(x.shape[0], -1, -1), patches + pos_embed[:, 1:]], dim=1)
+
+    def to_grid(self, H: int, W: int) -> tuple[int, int]:
+        """The grid (h, w) of the patches of an image; a ValueError if it cannot be cut into such."""
+        P = self.patch_size
+        if H % P or W % P or H == 0 or W == 0:
+            nearest = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
+            raise ValueError(f"image sides must be multiples of {P} pixels, got {H} x {W}; the nearest is {nearest}")
+        return H // P, W // P
 
     def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
         """The position embedding for a grid of h x w patches, resized in float32 if need be: (1, 1 + h * w, D)."""
@@ -397,9 +401,7 @@ class DinoVisionTransformer(nn.Module):
         if not layers or not all(-self.n_blocks <= i < self.n_blocks for i in layers):
             raise ValueError(f"layer must be one or more of the {self.n_blocks} blocks, got {layer}")
         wanted = [i % self.n_blocks for i in layers]
-        special = 1 + self.num_register_tokens
-        h = x.shape[2] // self.patch_size
-
+        special, h = 1 + self.num_register_tokens, x.shape[2] // self.patch_size
         x, maps = self.prepare_tokens_with_masks(x), {}
         for i, block in zip(range(max(wanted) + 1), self.blocks):
             if i in wanted:
@@ -415,7 +417,7 @@ class DinoVisionTransformer(nn.Module):
 
         This is for export, which so sees no bicubic resize, and for many images of one size.
         """
-        self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(H // self.patch_size, W // self.patch_size))
+        self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(*self.to_grid(H, W)))
         self.config = dataclasses.replace(self.config, image_size=(H, W))
 
 
@@ -748,12 +750,10 @@ def run(args: argparse.Namespace) -> int:
     model = load(source, args.layers, args.device, getattr(torch, args.dtype))
     if not isinstance(model, LinearClassifier):
         raise ValueError(f"{source} has no classifier; official models with one have names that end in _lc")
-    size, patch_size = args.size or model.backbone.config.crop_size, model.backbone.patch_size
-    if size % patch_size:
-        raise ValueError(f"--size must be a multiple of {patch_size}, got {size}")
-    labels = model.labels or range(model.linear_head.out_features)
+    size = args.size or model.backbone.config.crop_size
     if not args.keep_aspect:
         model.backbone.fix_image_size(size, size)
+    labels = model.labels or range(model.linear_head.out_features)
 
     paths = find_images(args.images)
     width = max(len(str(path)) for path in paths)

@@ -263,6 +263,8 @@ def test_a_fixed_image_size_changes_nothing_but_leaves_no_resize(config, tmp_pat
     images = torch.randn(2, 3, 8, 12)
     model = randomised(config)
     expected = model(images)
+    with pytest.raises(ValueError, match="the nearest is 8 x 12"):
+        model.fix_image_size(8, 13)
     model.fix_image_size(8, 12)
     assert torch.equal(model(images), expected)
     graph = torch.export.export(model, (images,)).graph
@@ -1084,7 +1086,7 @@ def test_size_and_dtype(folder):
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--weights", "README.md"], "README.md: not a checkpoint"),
         (["--model", "resnet50"], "resnet50: no such file, and no model of this name"),
-        (["--size", "15"], "--size must be a multiple of 4, got 15"),
+        (["--size", "15"], "image sides must be multiples of 4 pixels, got 15 x 15; the nearest is 16 x 16"),
         (["--device", "abacus"], "abacus"),
         (["--top", "0"], "must be at least 1, got 0"),
     ],
