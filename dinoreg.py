@@ -54,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. The defaults, with the three sizes of `CONFIGS`, are the official models with registers."""
+    """The shape of a model. The defaults are those of the official ViT-S/14 with registers."""
 
     embed_dim: int = 384  # D
     depth: int = 12  # transformer blocks
@@ -712,6 +712,8 @@ def classify(
 
     def read(path: str | os.PathLike) -> Tensor | Exception:
         try:
+            if os.path.isdir(path):
+                raise ValueError("no images in this folder")
             return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast)
         except Exception as error:  # of any kind: PIL's plugins are many
             return error
@@ -719,8 +721,8 @@ def classify(
     device = model.linear_head.weight.device
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor() as pool:
-        ahead = pool.map(read, batches[0])
-        for following in [*batches[1:], ()]:
+        ahead = []
+        for following in [*batches, ()]:
             images = list(ahead)
             ahead = pool.map(read, following)  # is read while these are computed
             tensors = [image[None].to(device) for image in images if isinstance(image, Tensor)]

@@ -1058,6 +1058,12 @@ def test_an_unreadable_image_is_reported_and_the_rest_goes_on(folder):
     assert str(folder / "c.jpg") in first and second.endswith(f"{folder / 'nowhere.jpg'}: No such file or directory")
 
 
+def test_a_folder_without_images(folder, tmp_path):
+    result = run(tmp_path, "--weights", folder / "model.safetensors")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == f"dinoreg: {tmp_path}: no images in this folder\n"
+
+
 def test_the_whole_image(folder):
     options = ["--weights", folder / "model.safetensors", "--json", "--keep-aspect"]
     result = run(folder / "a.jpg", folder / "b.png", folder / "d.webp", *options)
