@@ -224,7 +224,10 @@ def hf_folder(repo_id: str) -> Path:
     except ImportError:
         raise ValueError(f"{repo_id}: no such file; to get a repository of this name, pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # an old repository
+            folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "pytorch_model*.bin"]))
+        return folder
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise OSError(f"{repo_id}: no such file, and no such repository on the Hugging Face hub ({reason})") from None

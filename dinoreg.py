@@ -613,10 +613,7 @@ def from_state_dict(
     Without a config, the shapes of the tensors give it. A classifier of 1,000 classes without labels is ImageNet's.
     Raises a ValueError that names the first tensor that is missing, unknown or of a wrong shape.
     """
-    try:
-        config = config or infer_config({key.removeprefix("backbone."): x for key, x in tensors.items()})
-    except (KeyError, AttributeError, ValueError):
-        raise ValueError("no state dict with the official names (convert_weights.py knows others)") from None
+    config = config or infer_config({str(key).removeprefix("backbone."): x for key, x in tensors.items()})
     with _SkipInit():
         model = DinoVisionTransformer(config)
         if "linear_head.weight" in tensors:
@@ -641,20 +638,25 @@ class _SkipInit(torch.overrides.TorchFunctionMode):
 
 
 def infer_config(tensors: dict[str, Tensor]) -> Config:
-    """The config that the shapes of a backbone's official state dict tell of. A KeyError names what is missing."""
-    shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    D, C, P, _ = shapes["patch_embed.proj.weight"]
-    depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
-    swiglu = "blocks.0.mlp.w3.weight" in shapes
+    """The config that the shapes of a backbone's official state dict tell of. Raises a ValueError if it is none."""
+    try:
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        D, C, P, _ = shapes["patch_embed.proj.weight"]
+        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+        grid = math.isqrt(shapes["pos_embed"][1] - 1)
+        swiglu = "blocks.0.mlp.w3.weight" in shapes
+        mlp_ratio = 4.0 if swiglu else shapes["blocks.0.mlp.fc1.weight"][0] / D
+    except (KeyError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"no state dict with the official names (convert_weights.py knows others): {error!r}") from None
     registers = shapes["register_tokens"][1] if "register_tokens" in shapes else 0
     return Config(
         embed_dim=D,
         depth=depth,
         num_heads=D // 64,  # heads are 64 wide in all official models
-        mlp_ratio=4.0 if swiglu else shapes["blocks.0.mlp.fc1.weight"][0] / D,
+        mlp_ratio=mlp_ratio,
         ffn="swiglu" if swiglu else "mlp",
         patch_size=P,
-        image_size=math.isqrt(shapes["pos_embed"][1] - 1) * P,
+        image_size=grid * P,
         in_chans=C,
         **({"num_register_tokens": registers} if registers else _NO_REGISTERS),
     )
@@ -666,8 +668,9 @@ def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLik
     labels (by default the model's own) are those of a classifier, in the order of its logits.
     """
     labels = labels or getattr(model, "labels", None)
-    if labels and len(labels) != model.linear_head.out_features:
-        raise ValueError(f"{len(labels)} labels for {model.linear_head.out_features} classes")
+    num_classes = model.linear_head.out_features if isinstance(model, LinearClassifier) else 0
+    if labels and len(labels) != num_classes:
+        raise ValueError(f"{len(labels)} labels for {num_classes} classes")
     config = dataclasses.asdict(getattr(model, "backbone", model).config)
     metadata = {"format": "pt", "config": json.dumps(config), "labels": json.dumps(labels)}
     write_tensors(model.state_dict(), path, metadata)

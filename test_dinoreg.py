@@ -676,6 +676,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors").read_bytes() == before and len(os.listdir(tmp_path)) == 1
     with pytest.raises(ValueError, match="2 labels for 3 classes"):
         dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors", labels=["a", "b"])
+    with pytest.raises(ValueError, match="2 labels for 0 classes"):
+        dinoreg.save(randomised(TINY), tmp_path / "model.safetensors", labels=["a", "b"])
 
 
 class Payload:
@@ -818,6 +820,7 @@ def test_conversion_says_what_is_wrong(tmp_path, capsys):
         "part.pth": {name: x for name, x in state.items() if name != key},
         "unknown.pth": state | {"encoder.layer.0.extra": torch.zeros(3)},
         "shape.pth": state | {"layernorm.bias": torch.zeros(7)},
+        "missing.pth": {name: x for name, x in state.items() if name != "embeddings.position_embeddings"},
         "resnet.pth": {"conv1.weight": torch.zeros(3)},
         "list.pth": [1, 2],
     }
@@ -828,6 +831,7 @@ def test_conversion_says_what_is_wrong(tmp_path, capsys):
         "part.pth": f"part.pth: {key}: found none",
         "unknown.pth": "unknown.pth: encoder.layer.0.extra: a DINOv2 in the hf dialect has no tensor of this name",
         "shape.pth": "shape.pth: norm.bias: found (7,), wanted (32,)",
+        "missing.pth": "missing.pth: no state dict with the official names (convert_weights.py knows others): KeyError('pos_",
         "resnet.pth": "resnet.pth: conv1.weight: a DINOv2 in the official dialect has no tensor of this name",
         "list.pth": "list.pth: not a checkpoint",
         "empty": "empty: neither *.safetensors nor pytorch_model*.bin in this folder",
@@ -850,6 +854,14 @@ def test_repositories_of_the_hugging_face_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path / "downloaded"))
     assert_same(converted("someone/model"), randomised(TINY))
     assert asked == ["someone/model"]
+
+    old, patterns = tmp_path / "old", []
+    old.mkdir()
+    torch.save(convert_weights.from_official(randomised(TINY), "hf"), old / "pytorch_model.bin")
+    (old / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: patterns.extend(allow_patterns) or str(old))
+    assert_same(converted("someone/old"), randomised(TINY))
+    assert "pytorch_model*.bin" in patterns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
