@@ -388,7 +388,7 @@ class DinoVisionTransformer(nn.Module):
         outputs = [self.split_tokens(self.norm(out) if norm else out) for out in outputs]
         if reshape:
             h = x.shape[2] // self.patch_size
-            outputs = [(cls, _, patches.mT.unflatten(2, (h, -1)).contiguous()) for cls, _, patches in outputs]
+            outputs = [(cls, regs, patches.mT.unflatten(2, (h, -1)).contiguous()) for cls, regs, patches in outputs]
         return tuple((patches, cls) if return_class_token else patches for cls, _, patches in outputs)
 
     def attention_maps(self, x: Tensor, layer: int | Sequence[int] = -1) -> Tensor | list[Tensor]:
@@ -748,7 +748,7 @@ def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int)
 def run(args: argparse.Namespace) -> int:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # glibc shall keep what is freed: else each layer's memory is returned, and then faulted in again
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
     source = args.weights or args.model
