@@ -1432,6 +1432,38 @@ def test_quantize_tells_speed_and_nearness(tmp_path):
     assert 0.9 < float(cosine.split()[-1]) < 1  # it is int8: near, and not the same
 
 
+def run_benchmark(*args, **env) -> list[list[str]]:
+    """The cells of the table that it prints, row by row."""
+    pytest.importorskip("tqdm")
+    command = [sys.executable, HERE / "examples" / "benchmark.py", *args, "--turns", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+    assert result.returncode == 0, result.stderr
+    return [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
+
+
+def test_benchmark_of_the_forward():
+    options = ["--models", "vits14_reg", "--pixels", "28", "--batches", "2", "--seconds", "0"]
+    header, _, row = run_benchmark("forward", *options)
+    assert len(header) == len(row) and header[:5] == ["model", "pixels", "batch", "dinoreg", "embed"]
+    assert row[:3] == ["vits14_reg", "28", "2"] and row[3].endswith("(1.00)")
+    for cell in row[4:-1]:
+        milliseconds, ratio = cell.rstrip(")").split(" (")
+        assert float(milliseconds) * float(ratio) > 0
+
+
+def test_benchmark_of_the_start():
+    rows = {name: [float(x) for x in cells] for name, *cells in run_benchmark("start")[2:]}
+    assert rows["dinoreg"][1] == 1 and rows["dinoreg"][2] > rows["import torch"][2]
+
+
+@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
+def test_benchmark_of_fast_decoding(tmp_path):
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth").symlink_to(REAL_WEIGHTS)
+    for _, pixels, decoded, _, cosine in run_benchmark("fast", TORCH_HOME=str(tmp_path))[2:]:
+        assert 0.999 < float(cosine) <= 1 and (decoded != pixels or float(cosine) == 1)
+
+
 @pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
 def test_real_weights_tell_pictures_apart():
     model = dinoreg.load(REAL_WEIGHTS)

@@ -1,20 +1,26 @@
-"""Measure dinoreg beside whichever of transformers, timm, onnxruntime and openvino are installed.
+"""Measure dinoreg beside the official code, transformers, timm, onnxruntime and openvino: whichever of them are there.
 
-    pip install -e ".[examples,parity]"
+    pip install -e ".[examples,parity]" openvino
+    python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
     python examples/benchmark.py                        # everything, as Markdown tables
-    python examples/benchmark.py forward start          # or one part: forward start load folder growth
+    python examples/benchmark.py forward start          # or some parts: forward start load folder fast growth
 
-All sides have the same random weights and take turns; a figure is the median of its turns, and a ratio the median of the
-ratios within each turn: above 1, dinoreg is faster. On a GPU (bfloat16, CUDA events) only `forward` is measured.
+All sides have the same random weights and take turns, in an order that is drawn anew for each. What is short is run for
+half a second in each turn, and its fastest run counts. A figure is the median of its turns, and a ratio the median of the
+ratios within each turn: above 1, dinoreg is faster. On a GPU (bfloat16, CUDA events) only `forward` is measured. `fast`
+needs the official weights of ViT-S/14, and downloads them.
 """
 
 import argparse
 import itertools
+import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import convert_weights
 import dinoreg
 
-PHOTO = Path(__file__).parent / "images" / "astronaut.jpg"
+PHOTOS = sorted(Path(__file__).with_name("images").glob("*.jpg"))
+OFFICIAL = Path(torch.hub.get_dir(), "facebookresearch_dinov2_main")  # where torch.hub keeps its clone
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
@@ -36,6 +43,14 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
 
 def seconds_of(work) -> float:
+    """The fastest of the runs that begin within half a second."""
+    times = []
+    while sum(times) < 0.5:
+        times.append(seconds_of_run(work))
+    return min(times)
+
+
+def seconds_of_run(work) -> float:
     if not CUDA:
         start = time.perf_counter()
         work()
@@ -48,13 +63,14 @@ def seconds_of(work) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def take_turns(sides: dict, turns: int, measure=seconds_of) -> dict[str, list]:
-    """What each side measures in each turn, after one turn that does not count."""
-    results = {name: [] for name in sides}
-    for turn in tqdm(range(turns + 1), leave=False, disable=None):
-        for name, work in sides.items():
+def take_turns(sides: dict, turns: int, measure=seconds_of, seconds: float = 0) -> dict[str, list]:
+    """What each side measures in each turn, after one turn that does not count: for so many turns and seconds at least."""
+    results, start = {name: [] for name in sides}, time.perf_counter()
+    for turn in tqdm(itertools.count(), unit="turn", leave=False, disable=None):
+        for name, work in random.sample(list(sides.items()), len(sides)):
             results[name].append(measure(work))
-    return {name: values[1:] for name, values in results.items()}
+        if turn >= turns and time.perf_counter() - start > seconds:
+            return {name: values[1:] for name, values in results.items()}
 
 
 def ratio(others: list[float], ours: list[float]) -> str:
@@ -87,65 +103,94 @@ def whole_process(command: list) -> list[float]:
 
 
 def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str, folder: Path) -> dict:
-    """The same model in other libraries, as functions without arguments that compute all normalised tokens."""
+    """The same model in other libraries: functions without arguments that compute the CLS tokens (B, D), all other tokens,
+    too, and normalise all. The graphs of onnxruntime and openvino may leave out what CLS does not need."""
     sides = {}
+    if OFFICIAL.is_dir():
+        official = torch.hub.load(str(OFFICIAL), f"dinov2_{name}", source="local", pretrained=False)
+        official.load_state_dict(model.state_dict())
+        official = official.to(DEVICE, DTYPE).eval()
+        sides["official"] = lambda: official.forward_features(images)["x_norm_clstoken"]
     if find_spec("transformers"):
         from transformers import AutoModel
 
         convert_weights.write(model, folder / "hf", "hf")
         hf = AutoModel.from_pretrained(folder / "hf").to(DEVICE, DTYPE).eval()
-        sides["transformers"] = lambda: hf(images)
+        sides["transformers"] = lambda: hf(images).last_hidden_state[:, 0]
     if find_spec("timm"):
         import timm
 
-        size = {"vits": "small", "vitb": "base"}[name[:4]]
-        other = timm.create_model(f"vit_{size}_patch14_reg4_dinov2", num_classes=0, dynamic_img_size=True)
+        arch = {"vits": "small", "vitb": "base", "vitl": "large", "vitg": "giant"}[name[:4]]
+        other = timm.create_model(f"vit_{arch}_patch14_reg4_dinov2", num_classes=0, dynamic_img_size=True)
         other.load_state_dict(convert_weights.from_official(model, "timm"))
         other = other.to(DEVICE, DTYPE).eval()
-        sides["timm"] = lambda: other.forward_features(images)
-    if not CUDA and find_spec("onnxruntime") and find_spec("onnxscript"):
-        import onnxruntime
+        sides["timm"] = lambda: other.forward_features(images)[:, 0]
+    if CUDA or not find_spec("onnxruntime") or not find_spec("onnxscript"):
+        return sides
 
-        dinoreg.save(model, folder / "model.safetensors")
-        script, side = Path(__file__).with_name("export_onnx.py"), str(images.shape[-1])
-        command = [sys.executable, script, folder / "model.safetensors", "-o", folder / "model.onnx", "--size", side]
-        subprocess.run(command, check=True, capture_output=True)
-        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        sides["onnxruntime"] = lambda: session.run(None, {"images": images.numpy()})
-        if find_spec("openvino"):
-            import openvino
+    import onnxruntime
 
-            compiled = openvino.compile_model(folder / "model.onnx", "CPU")
-            sides["openvino"] = lambda: compiled(images.numpy())
+    dinoreg.save(model, folder / "model.safetensors")
+    script, side = Path(__file__).with_name("export_onnx.py"), str(images.shape[-1])
+    command = [sys.executable, script, folder / "model.safetensors", "-o", folder / "model.onnx", "--size", side]
+    subprocess.run(command, check=True, capture_output=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    sides["onnxruntime"] = lambda: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if find_spec("openvino"):
+        import openvino
+
+        # float32 is to be asked for: on some processors bfloat16 is its choice.
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = openvino.compile_model(folder / "model.onnx", "CPU", options)
+        sides["openvino"] = lambda: torch.from_numpy(compiled(images.numpy())[0])
     return sides
 
 
 @torch.inference_mode()
-def forward(turns: int) -> None:
-    print("Forward, milliseconds per image. All tokens are computed and normalised, but by `embed`: CLS alone. The graphs of")
-    print("onnxruntime and openvino give the CLS token. Matrix products: those of the model alone, in `torch.mm`.\n")
+def forward(args: argparse.Namespace) -> None:
+    print("Forward, milliseconds per image. All tokens are computed and normalised, but `embed`, onnxruntime and openvino give")
+    print("CLS alone. `compile` is `torch.compile(model)`. Matrix products: those of the model's linear layers alone, and their")
+    print("rate.\n")
     rows, header = [], None
-    shapes = ((224, 1), (224, 8), (518, 1))
-    for name, (size, batch) in itertools.product(("vits14_reg", "vitb14_reg"), shapes):
+    for name, size, batch in itertools.product(args.models, args.pixels, args.batches):
         model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(DEVICE, DTYPE).eval()
         images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
+        sides = {"dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"], "embed": lambda: model.embed(images)}
+        if CUDA or shutil.which("c++"):
+            torch.compiler.reset()
+            fixed = dinoreg.from_state_dict(model.state_dict(), model.config)
+            fixed.fix_image_size(size, size)
+            sides["compile"] = torch.compile(lambda: fixed.forward_features(images)["x_norm_clstoken"])
         with tempfile.TemporaryDirectory() as folder:
-            sides = {"dinoreg": lambda: model.forward_features(images), "embed": lambda: model.embed(images)}
-            sides |= peers(model, images, name, Path(folder)) | {"matrix products": matrix_products(model, batch, size)}
-            results = take_turns(sides, max(3, turns // (batch * (size // 224) ** 2)))
-        header = header or ["model", "pixels", "batch", *sides]
+            sides |= peers(model, images, name, Path(folder))
+            cls = sides["dinoreg"]().float()
+            for side, work in sides.items():
+                if torch.cosine_similarity(work().float(), cls).min() < 0.999:
+                    raise RuntimeError(f"{side} computes something else")
+            sides["matrix products"], operations = matrix_products(model, batch, size)
+            results = take_turns(sides, args.turns, seconds=args.seconds)
         ours = results["dinoreg"]
         cells = [f"{1000 * statistics.median(x) / batch:.1f} ({ratio(x, ours)})" for x in results.values()]
-        rows.append([name, size, batch, *cells])
+        rate = operations / statistics.median(results["matrix products"]) / 1e9
+        header = header or ["model", "pixels", "batch", *sides, "GFLOP/s"]
+        rows.append([name, size, batch, *cells, f"{rate:.0f}"])
     table(header, rows)
 
 
 def matrix_products(model: dinoreg.DinoVisionTransformer, batch: int, size: int):
-    """A function that does the products of the model's linear layers, and nothing else."""
-    N = 1 + model.num_register_tokens + (size // model.patch_size) ** 2
+    """A function that does the products of the model's linear layers and nothing else, and its floating-point operations."""
+    rows = batch * (1 + model.num_register_tokens + (size // model.patch_size) ** 2)
     layers = [layer.weight.detach().T for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    inputs = {width: torch.randn(batch * N, width, device=DEVICE, dtype=DTYPE) for width in {w.shape[0] for w in layers}}
-    return lambda: [inputs[weight.shape[0]] @ weight for weight in layers]
+    widths = {width for weight in layers for width in weight.shape}
+    inputs, outputs = ({width: torch.randn(rows, width, device=DEVICE, dtype=DTYPE) for width in widths} for _ in range(2))
+
+    def work():
+        for weight in layers:
+            torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
+
+    return work, 2 * rows * sum(weight.numel() for weight in layers)
 
 
 def classifier(name: str) -> dinoreg.LinearClassifier:
@@ -153,11 +198,24 @@ def classifier(name: str) -> dinoreg.LinearClassifier:
     return dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]), 1000, layers=1).eval()
 
 
-def start(turns: int) -> None:
-    print("One photo, the whole process, ViT-S/14 with registers: each classifies and prints (timm with a head that sees CLS")
-    print("alone). Seconds, and peak megabytes of resident memory.\n")
-    hf_code = "from transformers import pipeline; print(pipeline('image-classification', model={!r})({!r}))"
-    timm_code = """
+HF_PROCESS = """
+from transformers import pipeline
+print(pipeline("image-classification", model={!r})({!r}))
+"""
+OFFICIAL_PROCESS = f"""
+import torch
+from PIL import Image
+from torchvision import transforms
+model = torch.hub.load({str(OFFICIAL)!r}, "dinov2_vits14_reg_lc", source="local", layers=1, pretrained=False)
+model.load_state_dict(torch.load({{!r}}))
+model.eval()
+steps = [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor()]
+normalize = transforms.Normalize({dinoreg.IMAGENET_MEAN}, {dinoreg.IMAGENET_STD})
+with torch.inference_mode():
+    image = transforms.Compose([*steps, normalize])(Image.open({{!r}}).convert("RGB"))
+    print(model(image[None]).softmax(-1).topk(5))
+"""
+TIMM_PROCESS = """
 import timm, torch
 from PIL import Image
 model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=1000, dynamic_img_size=True, checkpoint_path={!r})
@@ -166,22 +224,31 @@ model.eval()
 with torch.inference_mode():
     print(model(transform(Image.open({!r}).convert("RGB"))[None]).softmax(-1).topk(5))
 """
+
+
+def start(args: argparse.Namespace) -> None:
+    print("One photo, the whole process, ViT-S/14 with registers: each classifies and prints (timm with a head that sees CLS")
+    print("alone). Seconds, and peak megabytes of resident memory.\n")
+    photo = str(PHOTOS[0])
     with tempfile.TemporaryDirectory() as folder:
         model = classifier("vits14_reg")
         dinoreg.save(model, f"{folder}/model.safetensors")
         commands = {
             "import torch": [sys.executable, "-c", "import torch"],
-            "dinoreg": [sys.executable, "-m", "dinoreg", PHOTO, "--weights", f"{folder}/model.safetensors"],
+            "dinoreg": [sys.executable, "-m", "dinoreg", photo, "--weights", f"{folder}/model.safetensors"],
         }
+        if OFFICIAL.is_dir():
+            torch.save(model.state_dict(), f"{folder}/official.pth")
+            commands["official"] = [sys.executable, "-c", OFFICIAL_PROCESS.format(f"{folder}/official.pth", photo)]
         if find_spec("transformers"):
             convert_weights.write(model, f"{folder}/hf", "hf")
-            commands["transformers"] = [sys.executable, "-c", hf_code.format(f"{folder}/hf", str(PHOTO))]
+            commands["transformers"] = [sys.executable, "-c", HF_PROCESS.format(f"{folder}/hf", photo)]
         if find_spec("timm"):
             with torch.no_grad():
                 model.linear_head.weight[:, model.backbone.embed_dim :] = 0
             convert_weights.write(model, f"{folder}/timm.safetensors", "timm")
-            commands["timm"] = [sys.executable, "-c", timm_code.format(f"{folder}/timm.safetensors", str(PHOTO))]
-        results = take_turns(commands, turns, whole_process)
+            commands["timm"] = [sys.executable, "-c", TIMM_PROCESS.format(f"{folder}/timm.safetensors", photo)]
+        results = take_turns(commands, args.turns, whole_process)
     seconds, megabytes = ({name: [x[i] for x in values] for name, values in results.items()} for i in (0, 1))
     rows = [
         [name, f"{statistics.median(seconds[name]):.2f}", ratio(seconds[name], seconds["dinoreg"])]
@@ -200,25 +267,25 @@ print(time.perf_counter() - start, resident() - before)
 """
 
 
-def load(turns: int) -> None:
+def load(args: argparse.Namespace) -> None:
     print("From a file to a usable model: ViT-g/14 with registers, 4.5 GB of random weights.\n")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.safetensors"
         with dinoreg._SkipInit():
             dinoreg.save(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vitg14_reg"]), path)
         command = [sys.executable, "-c", LOAD, path]
-        outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(turns)]
+        outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(args.turns)]
     seconds, megabytes = zip(*(map(float, output.split()) for output in outputs))
     table(["", "seconds", "resident MB more"], [["dinoreg.load", *(f"{statistics.median(x):.2f}" for x in (seconds, megabytes))]])
 
 
-def folder(turns: int) -> None:
+def folder(args: argparse.Namespace) -> None:
     print("A folder of 16 photographs of 12 megapixels (JPEG), decoded and classified by ViT-S/14 with registers: seconds per")
     print("image. `--fast` lets the JPEG decoder shrink the image, as far as it stays above the size that is seen.\n")
     with tempfile.TemporaryDirectory() as where:
         paths = [f"{where}/{i}.jpg" for i in range(16)]
         for i, path in enumerate(paths):
-            Image.open(PHOTO).resize((4000, 3000)).rotate(i).save(path, quality=90)
+            Image.open(PHOTOS[0]).resize((4000, 3000)).rotate(i).save(path, quality=90)
         model = classifier("vits14_reg")
         sides = {
             "dinoreg": lambda: list(dinoreg.classify(model, paths, 224)),
@@ -230,9 +297,23 @@ def folder(turns: int) -> None:
             convert_weights.write(model, f"{where}/hf", "hf")
             pipe = pipeline("image-classification", model=f"{where}/hf")
             sides["transformers pipeline"] = lambda: list(pipe(paths, batch_size=8))
-        results = take_turns(sides, turns)
+        results = take_turns(sides, args.turns)
     rows = [[name, f"{statistics.median(x) / 16:.3f}", ratio(x, results["dinoreg"])] for name, x in results.items()]
     table(["", "seconds", "ratio"], rows)
+
+
+@torch.inference_mode()
+def fast(args: argparse.Namespace) -> None:
+    print("What `--fast` costs: the cosine of the CLS tokens that ViT-S/14 gives of a photo decoded at reduced scale and in full.\n")
+    model, rows = dinoreg.load("vits14"), []
+    for photo, size in itertools.product(PHOTOS, (98, 140, 224)):
+        full, reduced = (model.embed(dinoreg.preprocess(photo, size, fast=flag)[None]) for flag in (False, True))
+        with Image.open(photo) as image:
+            pixels = f"{image.width} x {image.height}"
+            image.draft("RGB", (size * 8 // 7,) * 2)
+            decoded = f"{image.width} x {image.height}"
+        rows.append([photo.name, pixels, decoded, size, f"{torch.cosine_similarity(full, reduced).item():.4f}"])
+    table(["photo", "pixels", "decoded at", "seen at", "cosine"], rows)
 
 
 GROWTH = """
@@ -253,7 +334,7 @@ print(sorted(seconds[1:])[1], status("VmHWM") - before)
 """
 
 
-def growth(turns: int) -> None:
+def growth(args: argparse.Namespace) -> None:
     print("How time and memory grow, ViT-S/14 with registers: growth.png\n")
     import matplotlib.pyplot as plt
 
@@ -280,21 +361,28 @@ def growth(turns: int) -> None:
     figure.savefig("growth.png", dpi=120)
 
 
-PARTS = {part.__name__: part for part in (forward, start, load, folder, growth)}
+PARTS = {part.__name__: part for part in (forward, start, load, folder, fast, growth)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--turns", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--turns", type=int, default=5, help="at least (default: %(default)s)")
+    of_forward = parser.add_argument_group("for `forward`")
+    models = [name for name in dinoreg.CONFIGS if name.endswith("_reg")]
+    of_forward.add_argument("--models", nargs="+", choices=models, default=models[:2], help="default: %(default)s")
+    of_forward.add_argument("--pixels", nargs="+", type=int, default=[224, 518], help="default: %(default)s")
+    of_forward.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="default: %(default)s")
+    of_forward.add_argument("--seconds", type=float, default=60, help="for a row, at least (default: %(default)s)")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "timm", "onnxruntime") if find_spec(name)}
+    libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino")
+    versions = {name: metadata.version(name) for name in libraries if find_spec(name)}
     where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
     for part in args.parts or (["forward"] if CUDA else PARTS):
-        PARTS[part](args.turns)
+        PARTS[part](args)
 
 
 if __name__ == "__main__":
