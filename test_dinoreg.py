@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -1441,18 +1442,40 @@ def run_benchmark(*args, **env) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
 
 
-def test_benchmark_of_the_forward():
+@pytest.fixture
+def torch_home_with_hub(tmp_path) -> str:
+    """Has in place of torch.hub's clone of the official code this one, which has the same entry points."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "facebookresearch_dinov2_main").symlink_to(HERE)
+    return str(tmp_path)
+
+
+def test_benchmark_of_the_forward(torch_home_with_hub):
     options = ["--models", "vits14_reg", "--pixels", "28", "--batches", "2", "--seconds", "0"]
-    header, _, row = run_benchmark("forward", *options)
+    header, _, row = run_benchmark("forward", *options, TORCH_HOME=torch_home_with_hub)
     assert len(header) == len(row) and header[:5] == ["model", "pixels", "batch", "dinoreg", "embed"]
+    assert "official" in header
+    for library in ("transformers", "timm"):
+        assert (library in header) == (find_spec(library) is not None)
     assert row[:3] == ["vits14_reg", "28", "2"] and row[3].endswith("(1.00)")
     for cell in row[4:-1]:
         milliseconds, ratio = cell.rstrip(")").split(" (")
         assert float(milliseconds) * float(ratio) > 0
 
 
-def test_benchmark_of_the_start():
-    rows = {name: [float(x) for x in cells] for name, *cells in run_benchmark("start")[2:]}
+@pytest.mark.parametrize("arguments", [["--pixels", "225"], ["--turns", "0"], ["--batches", "0"], ["backward"]])
+def test_benchmark_says_what_is_wrong(arguments):
+    pytest.importorskip("tqdm")
+    command = [sys.executable, HERE / "examples" / "benchmark.py", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("benchmark.py: error: ")
+
+
+def test_benchmark_of_the_start(torch_home_with_hub):
+    table = run_benchmark("start", TORCH_HOME=torch_home_with_hub)
+    rows = {name: [float(x) for x in cells] for name, *cells in table[2:]}
+    assert ("official" in rows) == (find_spec("torchvision") is not None)
     assert rows["dinoreg"][1] == 1 and rows["dinoreg"][2] > rows["import torch"][2]
 
 

@@ -1,6 +1,6 @@
 """Measure dinoreg beside the official code, transformers, timm, onnxruntime and openvino: whichever of them are there.
 
-    pip install -e ".[examples,parity]" openvino
+    pip install -e ".[examples,parity]"
     python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
     python examples/benchmark.py                        # everything, as Markdown tables
     python examples/benchmark.py forward start          # or some parts: forward start load folder fast growth
@@ -151,8 +151,8 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
 @torch.inference_mode()
 def forward(args: argparse.Namespace) -> None:
     print("Forward, milliseconds per image. All tokens are computed and normalised, but `embed`, onnxruntime and openvino give")
-    print("CLS alone. `compile` is `torch.compile(model)`. Matrix products: those of the model's linear layers alone, and their")
-    print("rate.\n")
+    print("CLS alone. `compile` is `torch.compile(model)`. Matrix products are those of the model's linear layers and nothing")
+    print("else, and GFLOP/s is their rate.\n")
     rows, header = [], None
     for name, size, batch in itertools.product(args.models, args.pixels, args.batches):
         model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(DEVICE, DTYPE).eval()
@@ -237,7 +237,7 @@ def start(args: argparse.Namespace) -> None:
             "import torch": [sys.executable, "-c", "import torch"],
             "dinoreg": [sys.executable, "-m", "dinoreg", photo, "--weights", f"{folder}/model.safetensors"],
         }
-        if OFFICIAL.is_dir():
+        if OFFICIAL.is_dir() and find_spec("torchvision"):
             torch.save(model.state_dict(), f"{folder}/official.pth")
             commands["official"] = [sys.executable, "-c", OFFICIAL_PROCESS.format(f"{folder}/official.pth", photo)]
         if find_spec("transformers"):
@@ -364,7 +364,8 @@ def growth(args: argparse.Namespace) -> None:
 PARTS = {part.__name__: part for part in (forward, start, load, folder, fast, growth)}
 
 
-def main() -> None:
+def main() -> int:
+    """0 if all went well, 2 if something that is needed is not there."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--turns", type=int, default=5, help="at least (default: %(default)s)")
@@ -377,13 +378,20 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if min(args.turns, *args.batches, *args.pixels) < 1 or any(side % 14 for side in args.pixels):
+        parser.error("--turns and --batches must be at least 1, and --pixels multiples of 14")
     libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino")
     versions = {name: metadata.version(name) for name in libraries if find_spec(name)}
     where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
-    for part in args.parts or (["forward"] if CUDA else PARTS):
-        PARTS[part](args)
+    try:
+        for part in args.parts or (["forward"] if CUDA else PARTS):
+            PARTS[part](args)
+    except (OSError, ValueError) as error:  # a file, the network
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
