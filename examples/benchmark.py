@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,8 +78,9 @@ def ratio(others: list[float], ours: list[float]) -> str:
     return f"{statistics.median(a / b for a, b in zip(others, ours)):.2f}"
 
 
-def table(header: list[str], rows: list[list]) -> None:
-    for row in (header, ["---"] * len(header), *rows):
+def table(header: list[str], rows: Iterable[list]) -> None:
+    """Print a table, each row as soon as it is there."""
+    for row in itertools.chain([header, ["---"] * len(header)], rows):
         print("|", " | ".join(map(str, row)), "|", flush=True)
     print()
 
@@ -148,35 +150,38 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
     return sides
 
 
-@torch.inference_mode()
 def forward(args: argparse.Namespace) -> None:
     print("Forward, milliseconds per image. All tokens are computed and normalised, but `embed`, onnxruntime and openvino give")
     print("CLS alone. `compile` is `torch.compile(model)`. Matrix products are those of the model's linear layers and nothing")
     print("else, and GFLOP/s is their rate.\n")
-    rows, header = [], None
-    for name, size, batch in itertools.product(args.models, args.pixels, args.batches):
-        model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(DEVICE, DTYPE).eval()
-        images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
-        sides = {"dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"], "embed": lambda: model.embed(images)}
-        if CUDA or shutil.which("c++"):
-            torch.compiler.reset()
-            fixed = dinoreg.from_state_dict(model.state_dict(), model.config)
-            fixed.fix_image_size(size, size)
-            sides["compile"] = torch.compile(lambda: fixed.forward_features(images)["x_norm_clstoken"])
-        with tempfile.TemporaryDirectory() as folder:
-            sides |= peers(model, images, name, Path(folder))
-            cls = sides["dinoreg"]().float()
-            for side, work in sides.items():
-                if torch.cosine_similarity(work().float(), cls).min() < 0.999:
-                    raise RuntimeError(f"{side} computes something else")
-            sides["matrix products"], operations = matrix_products(model, batch, size)
-            results = take_turns(sides, args.turns, seconds=args.seconds)
-        ours = results["dinoreg"]
-        cells = [f"{1000 * statistics.median(x) / batch:.1f} ({ratio(x, ours)})" for x in results.values()]
-        rate = operations / statistics.median(results["matrix products"]) / 1e9
-        header = header or ["model", "pixels", "batch", *sides, "GFLOP/s"]
-        rows.append([name, size, batch, *cells, f"{rate:.0f}"])
-    table(header, rows)
+    rows = (forward_row(args, *which) for which in itertools.product(args.models, args.pixels, args.batches))
+    first = next(rows)
+    table(list(first), (list(row.values()) for row in itertools.chain([first], rows)))
+
+
+@torch.inference_mode()
+def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> dict:
+    """The cells of a row, by the names of their columns."""
+    model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(DEVICE, DTYPE).eval()
+    images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
+    sides = {"dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"], "embed": lambda: model.embed(images)}
+    if CUDA or shutil.which("c++"):
+        torch.compiler.reset()
+        fixed = dinoreg.from_state_dict(model.state_dict(), model.config)
+        fixed.fix_image_size(size, size)
+        sides["compile"] = torch.compile(lambda: fixed.forward_features(images)["x_norm_clstoken"])
+    with tempfile.TemporaryDirectory() as folder:
+        sides |= peers(model, images, name, Path(folder))
+        cls = sides["dinoreg"]().float()
+        for side, work in sides.items():
+            if torch.cosine_similarity(work().float(), cls).min() < 0.999:
+                raise RuntimeError(f"{side} computes something else")
+        sides["matrix products"], operations = matrix_products(model, batch, size)
+        results = take_turns(sides, args.turns, seconds=args.seconds)
+    medians = {side: statistics.median(times) for side, times in results.items()}
+    cells = {side: f"{1000 * medians[side] / batch:.1f} ({ratio(results[side], results['dinoreg'])})" for side in sides}
+    rate = operations / medians["matrix products"] / 1e9
+    return {"model": name, "pixels": size, "batch": batch, **cells, "GFLOP/s": f"{rate:.0f}"}
 
 
 def matrix_products(model: dinoreg.DinoVisionTransformer, batch: int, size: int):
