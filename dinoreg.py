@@ -748,7 +748,7 @@ def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int)
 def run(args: argparse.Namespace) -> int:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # glibc shall keep what is freed: else each layer's memory is returned, and then faulted in again
-        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-4, 0)  # M_MMAP_MAX; M_MMAP_THRESHOLD would do, but old releases refuse large values
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
     source = args.weights or args.model

@@ -85,6 +85,11 @@ def table(header: list[str], rows: Iterable[list]) -> None:
     print()
 
 
+def numbers_from(command: list) -> list[float]:
+    """The numbers that a command prints."""
+    return [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+
+
 # A process counts as its own what its parent had in memory when it began: this one has little.
 PARENT = """
 import resource, subprocess, sys, time
@@ -96,8 +101,7 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).
 
 def whole_process(command: list) -> list[float]:
     """[wall seconds, peak resident megabytes] of a command."""
-    command = [sys.executable, "-c", PARENT, *map(str, command)]
-    return [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+    return numbers_from([sys.executable, "-c", PARENT, *map(str, command)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,9 +282,7 @@ def load(args: argparse.Namespace) -> None:
         path = f"{folder}/model.safetensors"
         with dinoreg._SkipInit():
             dinoreg.save(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vitg14_reg"]), path)
-        command = [sys.executable, "-c", LOAD, path]
-        outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(args.turns)]
-    seconds, megabytes = zip(*(map(float, output.split()) for output in outputs))
+        seconds, megabytes = zip(*(numbers_from([sys.executable, "-c", LOAD, path]) for _ in range(args.turns)))
     table(["", "seconds", "resident MB more"], [["dinoreg.load", *(f"{statistics.median(x):.2f}" for x in (seconds, megabytes))]])
 
 
@@ -343,17 +345,14 @@ def growth(args: argparse.Namespace) -> None:
     print("How time and memory grow, ViT-S/14 with registers: growth.png\n")
     import matplotlib.pyplot as plt
 
-    def measure(size, batch):
-        command = [sys.executable, "-c", GROWTH, str(size), str(batch)]
-        return [float(x) for x in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
-
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for panel, label, points in (
         (panels[0], "side of one image, pixels", [(size, 1) for size in (224, 378, 518, 700, 868, 1036)]),
         (panels[1], "images of 224 x 224 in a batch", [(224, batch) for batch in (1, 2, 4, 8, 16, 32, 64)]),
     ):
         x = [size if panel is panels[0] else batch for size, batch in points]
-        seconds, megabytes = zip(*(measure(*point) for point in tqdm(points, leave=False, disable=None)))
+        commands = [[sys.executable, "-c", GROWTH, *map(str, point)] for point in points]
+        seconds, megabytes = zip(*(numbers_from(command) for command in tqdm(commands, leave=False, disable=None)))
         panel.plot(x, seconds, "o-", color="tab:blue")
         panel.set(xlabel=label, ylim=0)
         panel.set_ylabel("seconds", color="tab:blue")
@@ -392,8 +391,10 @@ def main() -> int:
     try:
         for part in args.parts or (["forward"] if CUDA else PARTS):
             PARTS[part](args)
-    except (OSError, ValueError) as error:  # a file, the network
-        print(f"benchmark: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
+        print("benchmark:", str(error).partition("\n")[0], file=sys.stderr)
         return 2
     return 0
 
