@@ -782,6 +782,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def best_device() -> str:
+    """The type of the best device available: "cuda", "mps" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Classify images: 0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
 
@@ -790,7 +795,6 @@ def main(argv: list[str] | None = None) -> int:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
         return int(text)
 
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(
         prog="dinoreg",
         description="Say what is in images, with DINOv2 with registers.",
@@ -805,7 +809,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", type=positive, metavar="PIXELS", help="side of the square that it sees (default: the model's)")
     add("--keep-aspect", action="store_true", help="see the whole image, of as many pixels, and not its central square")
     add("--fast", action="store_true", help="let large JPEG files be shrunk as they are decoded: quicker, not as exact")
-    add("--device", default=best, help="cpu, cuda, cuda:1, mps, ... (default: the best there is, here %(default)s)")
+    device = best_device()
+    add("--device", default=device, help="cpu, cuda, cuda:1, mps, ... (default: the best available, here %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
     add("--batch-size", type=positive, default=8, metavar="B", help="images computed at once (default: 8)")
     add("--json", action="store_true", help="print a JSON object for each image, one a line")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import dinoreg
 
 HERE = Path(__file__).parent
-REAL_WEIGHTS = HERE.parent / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+REAL_WEIGHTS = HERE.parents[1] / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
 TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16, crop_size=16)
 COLOURS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
@@ -32,8 +32,8 @@ class Result:
 
 def run_example(name, *arguments):
     """Run a script as its users do."""
-    command = [sys.executable, HERE / "examples" / f"{name}.py", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    command = [sys.executable, HERE / f"{name}.py", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -42,7 +42,7 @@ def load_example(monkeypatch):
     def load(name):
         for module in {"search": ("matplotlib", "tqdm"), "train_classifier": ("sklearn", "tqdm")}[name]:
             pytest.importorskip(module)
-        monkeypatch.syspath_prepend(HERE / "examples")
+        monkeypatch.syspath_prepend(HERE)
         return importlib.import_module(name)
 
     return load
@@ -211,9 +211,9 @@ def test_search_says_what_is_wrong_in_a_line(call_example, folder, model, tmp_pa
 @pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
 def test_search_with_real_weights_finds_the_cat(search, tmp_path):
     for name in ("astronaut", "chelsea", "coffee"):
-        with Image.open(HERE / "examples" / "images" / f"{name}.jpg") as image:
+        with Image.open(HERE / "images" / f"{name}.jpg") as image:
             image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / f"{name}.png")
-    query, output = HERE / "examples" / "images" / "chelsea.jpg", tmp_path / "sheet.png"
+    query, output = HERE / "images" / "chelsea.jpg", tmp_path / "sheet.png"
     result = search(tmp_path, REAL_WEIGHTS, "--query", query, "--output", output)
     found = [line.split("  ") for line in result.stdout.splitlines()[1:-1]]
     assert Path(found[0][1]).stem == "chelsea" and float(found[0][0]) > 0.9 and float(found[1][0]) < 0.7

@@ -1,4 +1,4 @@
-"""Tests of examples/visualize.py and examples/find_objects.py: `python -m pytest test_visual_examples.py`."""
+"""Tests of examples/visualize.py and examples/find_objects.py: `python -m pytest examples/test_visual_examples.py`."""
 
 import json
 import os
@@ -20,8 +20,8 @@ pytest.importorskip("scipy")
 pytest.importorskip("tqdm")
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE / "examples"
-REAL_WEIGHTS = HERE.parent / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+EXAMPLES = HERE
+REAL_WEIGHTS = HERE.parents[1] / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
 needs_real_weights = pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
 
 TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, crop_size=16)
@@ -49,7 +49,7 @@ def random_photo(width: int, height: int) -> Image.Image:
 
 
 def run(script: str, *args) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, EXAMPLES / script, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
