@@ -17,7 +17,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -170,7 +169,7 @@ def hf_type(config: Config) -> str:
 
 def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
     """What Hugging Face's config.json says of a model."""
-    config = getattr(model, "backbone", model).config
+    config = model.config
     stem = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
     described = {
         "architectures": [stem + ("ForImageClassification" if isinstance(model, LinearClassifier) else "Model")],
@@ -237,10 +236,13 @@ def hf_folder(repo_id: str) -> Path:
 # Reading and writing files
 
 
-def read(source: str, head: str | None = None, layers: int = 4) -> tuple[DinoVisionTransformer | LinearClassifier, str]:
+def read(
+    source: str, head: str | None = None, layers: int = 4, num_heads: int | None = None
+) -> tuple[DinoVisionTransformer | LinearClassifier, str]:
     """The model of an official name, a file, a folder or a Hugging Face repository; and the dialect it was found in.
 
-    head is the file of an official linear head for a backbone. Raises OSError or ValueError with what is wrong.
+    head is the file of an official linear head for a backbone. num_heads is needed for models of other widths than the
+    official ones, unless a config.json has it. Raises OSError or ValueError with what is wrong.
     """
     if source.removeprefix("dinov2_").removesuffix("_lc") in dinoreg.CONFIGS:
         return dinoreg.load(source, layers, dtype=None), "official"
@@ -252,11 +254,6 @@ def read(source: str, head: str | None = None, layers: int = 4) -> tuple[DinoVis
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not files:
             raise FileNotFoundError(f"{path}: neither *.safetensors nor pytorch_model*.bin in this folder")
-    described, processor = (
-        json.loads(file.read_text()) if (file := files[0].with_name(name)).exists() else {}
-        for name in ("config.json", "preprocessor_config.json")
-    )
-
     checkpoint = {}
     for file in files:
         tensors, metadata = dinoreg.read_tensors(file)
@@ -264,17 +261,21 @@ def read(source: str, head: str | None = None, layers: int = 4) -> tuple[DinoVis
             return dinoreg.load(file, dtype=None), "dinoreg"
         checkpoint |= tensors
     try:
+        described, processor = (
+            json.loads(file.read_text(encoding="utf-8")) if (file := files[0].with_name(name)).exists() else {}
+            for name in ("config.json", "preprocessor_config.json")
+        )
         backbone, own_head, dialect = to_official(checkpoint)
-        config = dinoreg.infer_config(backbone)
-        if "num_attention_heads" in described:
-            config = dataclasses.replace(config, num_heads=described["num_attention_heads"])
+        config = dinoreg.infer_config(backbone, num_heads=num_heads or described.get("num_attention_heads"))
         if "crop_size" in processor:
             config = dataclasses.replace(config, crop_size=processor["crop_size"]["height"])
         labels = [label for _, label in sorted(described.get("id2label", {}).items(), key=lambda item: int(item[0]))]
         if head:
             own_head, _ = dinoreg.read_tensors(head)
         state_dict = dinoreg.add_head(backbone, own_head) if own_head else backbone
-        return dinoreg.from_state_dict(state_dict, config, labels if own_head else None), dialect
+        return dinoreg.from_state_dict(state_dict, config, labels or None), dialect
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of another structure
+        raise ValueError(f"{source}: config.json or preprocessor_config.json is not as Hugging Face's ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -290,17 +291,15 @@ def write(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLi
     tensors = from_official(model, dialect)
     if dialect != "hf" and path.suffix == ".safetensors":
         return dinoreg.write_tensors(tensors, path, {"format": "pt"})
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, path.name)
+    with dinoreg.atomic(path) as part:
         if dialect == "hf":
             part.mkdir()
             dinoreg.write_tensors(tensors, part / "model.safetensors", {"format": "pt"})
-            config = getattr(model, "backbone", model).config
+            config = model.config
             (part / "config.json").write_text(json.dumps(hf_config(model), indent=2))
             (part / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(config), indent=2))
         else:
             torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
-        os.replace(part, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -313,10 +312,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", default="dinoreg", choices=("dinoreg", "official", "hf", "timm"), help="(default: dinoreg)")
     parser.add_argument("--head", metavar="FILE", help="an official linear head, for an official backbone")
     parser.add_argument("--layers", type=int, choices=(1, 4), default=4, help="which head of an official name (default: 4)")
+    parser.add_argument("--num-heads", type=int, metavar="A", help="attention heads, where neither width nor config.json tell")
     parser.add_argument("--labels", metavar="FILE", help="a text file of the classes' names, one a line")
     args = parser.parse_args(argv)
     try:
-        model, dialect = read(args.source, args.head, args.layers)
+        model, dialect = read(args.source, args.head, args.layers, args.num_heads)
         if args.labels:
             model.labels = Path(args.labels).read_text(encoding="utf-8").splitlines()
         write(model, args.output, args.to)
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     count, size = (sum(f(p) for p in model.parameters()) for f in (Tensor.numel, lambda p: p.nbytes))
     print(f"{args.output}: {dialect} -> {args.to}, {count:,} parameters, {size / 1e6:,.1f} MB")
-    print(getattr(model, "backbone", model).config)
+    print(model.config)
     if isinstance(model, LinearClassifier):
         print(f"{model.layers} layers -> {model.linear_head.out_features} classes: {', '.join((model.labels or [])[:3])}, ...")
     return 0

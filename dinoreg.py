@@ -24,15 +24,20 @@ The letters of the shapes, used everywhere below:
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import http.client
 import io
 import json
+import logging
 import math
 import os
+import shutil
+import stat
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +59,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. The defaults are those of the official ViT-S/14 with registers."""
+    """The shape of a model. The defaults are those of the official ViT-S/14 with registers.
+
+    Raises a ValueError that names the first field with a value that no model can have.
+    """
 
     embed_dim: int = 384  # D
     depth: int = 12  # transformer blocks
@@ -71,11 +79,41 @@ class Config:
     interpolate_antialias: bool = True  # how the position embedding is resized to another grid
     interpolate_offset: float = 0.0  # added to the wanted grid before the scale is computed
 
+    def __post_init__(self):
+        def require(field: str, valid: bool, allowed: str):
+            if not valid:
+                raise ValueError(f"config: {field} must be {allowed}, got {getattr(self, field)!r}")
+
+        for field in ("embed_dim", "depth", "num_heads", "patch_size", "crop_size", "in_chans"):
+            value = getattr(self, field)
+            require(field, type(value) is int and value > 0, "a positive integer")
+        for field in ("mlp_ratio", "layerscale_init", "drop_path_rate", "interpolate_offset"):
+            value = getattr(self, field)
+            require(field, type(value) in (int, float) and math.isfinite(value), "a finite number")
+        sides, P, R = self.image_size, self.patch_size, self.num_register_tokens
+        sides = sides if type(sides) is tuple else (sides, sides)
+        require("num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim, {self.embed_dim}")
+        require("ffn", self.ffn in ("mlp", "swiglu"), "'mlp' or 'swiglu'")
+        require("mlp_ratio", self.hidden_dim > 0, "positive")
+        require("image_size", len(sides) == 2 and all(type(x) is int and x >= P for x in sides), f"{P} pixels or more")
+        require("crop_size", self.crop_size <= 16384, "at most 16384")
+        require("num_register_tokens", type(R) is int and R >= 0, "0 or a positive integer")
+        for field in ("drop_path_rate", "interpolate_offset"):
+            require(field, 0 <= getattr(self, field) < 1, "at least 0 and below 1")
+        require("interpolate_antialias", type(self.interpolate_antialias) is bool, "True or False")
+
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the images that the position embedding is made for."""
         H, W = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         return H // self.patch_size, W // self.patch_size
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the hidden layer of the MLP, or of each of the two branches of SwiGLU."""
+        hidden = int(self.embed_dim * self.mlp_ratio)
+        # SwiGLU has three matrices where the MLP has two: at two thirds of the width they have as many parameters.
+        return hidden if self.ffn == "mlp" else (hidden * 2 // 3 + 7) // 8 * 8
 
 
 _CONFIGS = {
@@ -159,10 +197,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        hidden = int(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.embed_dim, hidden)
+        self.fc1 = nn.Linear(config.embed_dim, config.hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, config.embed_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -173,10 +210,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        hidden = int(config.embed_dim * config.mlp_ratio) * 2 // 3  # three matrices, as many parameters as Mlp's two
-        hidden = (hidden + 7) // 8 * 8
-        self.w12 = nn.Linear(config.embed_dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, config.embed_dim)
+        self.w12 = nn.Linear(config.embed_dim, 2 * config.hidden_dim)
+        self.w3 = nn.Linear(config.hidden_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -232,7 +267,8 @@ class DinoVisionTransformer(nn.Module):
     Parameters, attributes and methods have the names and meanings of the official class of the same name. Images are
     (B, C, H, W) in the dtype of the weights or float32, normalised as `preprocess` does; H and W are any multiples of
     the patch size. A ValueError says what is wrong with others. A new model is initialised as the official code does,
-    ready to be trained; `load` gives a trained one.
+    ready to be trained; `load` gives a trained one. Without masks, `mask_token` takes no part in the loss: for
+    DistributedDataParallel call `model.mask_token.requires_grad_(False)` first.
     """
 
     def __init__(self, config: Config):
@@ -272,25 +308,35 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def prepare_tokens_with_masks(self, x: Tensor | list, masks: Tensor | list | None = None) -> Tensor | list:
+    def prepare_tokens_with_masks(self, x: Tensor | Sequence, masks: Tensor | Sequence | None = None) -> Tensor | list:
         """Images to tokens: (B, C, H, W) -> (B, N, D). Patches where masks (B, h * w; bool) is True are replaced.
 
-        A list of images, with a list of masks or None, gives a list.
+        A list or tuple of images, with as many masks or None, gives a list.
         """
-        if isinstance(x, list):
-            return [self.prepare_tokens_with_masks(*pair) for pair in zip(x, masks or [None] * len(x))]
-        C = self.config.in_chans
-        if x.ndim != 4 or x.shape[1] != C:
-            raise ValueError(f"images must have shape (B, {C}, H, W), got {tuple(x.shape)}")
-        pos_embed = self.interpolate_pos_encoding(*self.to_grid(*x.shape[2:]))  # (1, 1 + h * w, D)
+        if isinstance(x, (list, tuple)):
+            masks = [None] * len(x) if masks is None else masks
+            if not x or len(x) != len(masks):
+                raise ValueError(f"one or more images are needed, and as many masks; got {len(x)} and {len(masks)}")
+            return [self.prepare_tokens_with_masks(*pair) for pair in zip(x, masks)]
+        pos_embed = self.interpolate_pos_encoding(*self.image_grid(x))  # (1, 1 + h * w, D)
 
         patches = self.patch_embed(x.to(self.pos_embed.dtype))
         if masks is not None:
-            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+            if masks.shape != patches.shape[:2]:
+                raise ValueError(f"masks must have shape {tuple(patches.shape[:2])}, got {tuple(masks.shape)}")
+            patches = torch.where(masks[..., None].bool(), self.mask_token.to(patches.dtype), patches)
         prefix = self.cls_token + pos_embed[:, :1]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # (1, 1 + R, D)
         return torch.cat([prefix.expand(x.shape[0], -1, -1), patches + pos_embed[:, 1:]], dim=1)
+
+    def image_grid(self, x: Tensor) -> tuple[int, int]:
+        """The grid (h, w) of a batch of images (B, C, H, W); a ValueError if it is no such batch."""
+        C = self.config.in_chans
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != C or not x.is_floating_point():
+            found = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"images must be a floating-point tensor (B, {C}, H, W), got {found}")
+        return self.to_grid(*x.shape[2:])
 
     def to_grid(self, H: int, W: int) -> tuple[int, int]:
         """The grid (h, w) of the patches of an image; a ValueError if it cannot be cut into such."""
@@ -346,7 +392,7 @@ class DinoVisionTransformer(nn.Module):
             "masks": masks,
         }
 
-    def forward_features(self, x: Tensor | list[Tensor], masks: Tensor | list | None = None) -> dict | list[dict]:
+    def forward_features(self, x: Tensor | Sequence, masks: Tensor | Sequence | None = None) -> dict | list[dict]:
         """All that the model has to say about images (B, C, H, W); patches under masks (B, h * w; bool) are hidden.
 
         x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
@@ -354,17 +400,26 @@ class DinoVisionTransformer(nn.Module):
         sizes, with a list of masks or None, goes through in one pass and gives a list.
         """
         (tokens,) = self.run_blocks(self.prepare_tokens_with_masks(x, masks), wanted=[self.n_blocks - 1])
-        if isinstance(x, list):
-            return [self.name_features(*pair) for pair in zip(tokens, masks or [None] * len(x))]
+        if isinstance(tokens, list):
+            return [self.name_features(*pair) for pair in zip(tokens, masks or [None] * len(tokens))]
         return self.name_features(tokens, masks)
 
-    def forward(self, x: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Tensor | dict:
-        """Images (B, C, H, W) -> normalised CLS token (B, D); or, if is_training, what `forward_features` returns."""
-        features = self.forward_features(x, masks)
-        return features if is_training else self.head(features["x_norm_clstoken"])
+    def forward(self, x: Tensor | Sequence, masks: Tensor | Sequence | None = None, is_training: bool = False):
+        """Images (B, C, H, W) -> normalised CLS token (B, D); or, if is_training, what `forward_features` returns.
 
-    def embed(self, x: Tensor) -> Tensor:
-        """What `forward` returns, (B, D), without the work that the last block does for other tokens' sake."""
+        The CLS tokens of a list of images are concatenated.
+        """
+        features = self.forward_features(x, masks)
+        if is_training:
+            return features
+        if isinstance(features, list):
+            return self.head(torch.cat([part["x_norm_clstoken"] for part in features]))
+        return self.head(features["x_norm_clstoken"])
+
+    def embed(self, x: Tensor | Sequence) -> Tensor:
+        """What `forward` returns, (B, D). For a tensor, the last block is computed for the CLS token only."""
+        if isinstance(x, (list, tuple)):
+            return self.forward(x)
         x = self.prepare_tokens_with_masks(x)
         *blocks, last = self.blocks
         for block in blocks:
@@ -384,11 +439,11 @@ class DinoVisionTransformer(nn.Module):
         if not wanted or not set(wanted).issubset(blocks) or isinstance(n, int) and not 1 <= n <= self.n_blocks:
             raise ValueError(f"n must be 1 to {self.n_blocks}, or list indices of the {self.n_blocks} blocks, got {n}")
 
+        grid = self.image_grid(x)
         outputs = self.run_blocks(self.prepare_tokens_with_masks(x), wanted)
         outputs = [self.split_tokens(self.norm(out) if norm else out) for out in outputs]
         if reshape:
-            h = x.shape[2] // self.patch_size
-            outputs = [(cls, regs, patches.mT.unflatten(2, (h, -1)).contiguous()) for cls, regs, patches in outputs]
+            outputs = [(cls, regs, patches.mT.unflatten(2, grid).contiguous()) for cls, regs, patches in outputs]
         return tuple((patches, cls) if return_class_token else patches for cls, _, patches in outputs)
 
     def attention_maps(self, x: Tensor, layer: int | Sequence[int] = -1) -> Tensor | list[Tensor]:
@@ -401,12 +456,12 @@ class DinoVisionTransformer(nn.Module):
         if not layers or not all(-self.n_blocks <= i < self.n_blocks for i in layers):
             raise ValueError(f"layer must be one or more of the {self.n_blocks} blocks, got {layer}")
         wanted = [i % self.n_blocks for i in layers]
-        special, h = 1 + self.num_register_tokens, x.shape[2] // self.patch_size
+        special, grid = 1 + self.num_register_tokens, self.image_grid(x)
         x, maps = self.prepare_tokens_with_masks(x), {}
         for i, block in zip(range(max(wanted) + 1), self.blocks):
             if i in wanted:
                 rows = block.attn.rows(block.norm1(x), queries=special)
-                maps[i] = rows[..., special:].unflatten(-1, (h, -1))
+                maps[i] = rows[..., special:].unflatten(-1, grid)
             if i < max(wanted):
                 x = block(x)
         return maps[wanted[0]] if isinstance(layer, int) else [maps[i] for i in wanted]
@@ -431,6 +486,8 @@ class LinearClassifier(nn.Module):
 
     def __init__(self, backbone: DinoVisionTransformer, num_classes: int, layers: int = 1):
         super().__init__()
+        if num_classes < 1 or not 1 <= layers <= backbone.n_blocks:
+            raise ValueError(f"no classifier of {num_classes} classes on the last {layers} of {backbone.n_blocks} layers")
         self.backbone = backbone
         self.layers = layers
         self.linear_head = nn.Linear((layers + 1) * backbone.embed_dim, num_classes)
@@ -438,11 +495,15 @@ class LinearClassifier(nn.Module):
         nn.init.normal_(self.linear_head.weight, std=0.01)
         nn.init.zeros_(self.linear_head.bias)
 
+    @property
+    def config(self) -> Config:
+        return self.backbone.config
+
     def linear_input(self, x: Tensor | list[Tensor]) -> Tensor:
         """What the linear layer sees of images: (B, C, H, W) -> (B, (layers + 1) * D)."""
         last = list(range(self.backbone.n_blocks))[-self.layers :]
         outputs = self.backbone.run_blocks(self.backbone.prepare_tokens_with_masks(x), last)
-        if isinstance(x, list):
+        if isinstance(x, (list, tuple)):
             return torch.cat([self.summarise(image) for image in zip(*outputs)])
         return self.summarise(outputs)
 
@@ -476,14 +537,21 @@ def preprocess(
     H and W are the multiples of patch_size nearest to its own aspect ratio at an area of size * size pixels. With fast,
     large JPEG files are shrunk as they are decoded, to no less than is needed, which costs a little exactness.
 
-    Any mode that PIL knows will do, upright or turned by EXIF. Raises OSError or ValueError if there is no image in it.
+    Any mode that PIL knows will do, upright or turned by EXIF. Raises OSError or ValueError if it cannot be decoded.
     """
     short = size * 8 // 7
-    if not isinstance(image, Image.Image):
-        image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        if fast:
-            image.draft("RGB", (short, short))
-    image = to_rgb(image)
+    try:
+        if isinstance(image, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(image).st_mode):
+            raise ValueError("a pipe, not a file")  # to open it could block for ever
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            if fast:
+                image.draft("RGB", (short, short))
+        image = to_rgb(image)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # PIL's decoders raise many other types for broken files
+        raise ValueError(f"cannot decode the image: {str(error) or repr(error)}") from error
     if max(image.size) > 100 * min(image.size):  # the resized one could be larger than memory
         raise ValueError(f"an image of {image.width} x {image.height} pixels is too narrow")
     if keep_aspect:
@@ -537,27 +605,35 @@ def load(
     Raises OSError if a file is missing or cannot be downloaded, ValueError if it holds something else.
     """
     name = str(name_or_path).removeprefix("dinov2_")
+    model = load_official(name, layers) if name.removesuffix("_lc") in CONFIGS else load_file(name_or_path)
+    return model.to(device, dtype)
+
+
+def load_official(name: str, layers: int) -> DinoVisionTransformer | LinearClassifier:
+    if layers not in (1, 4):
+        raise ValueError(f"the official classifiers look at 1 or 4 layers, not {layers}")
     arch = name.removesuffix("_lc")
-    if arch not in CONFIGS:
-        path = name_or_path
-        tensors, metadata = read_tensors(path)
-        config, labels = (json.loads(metadata.get(key, "null")) for key in ("config", "labels"))
-        config = Config(**{key: tuple(x) if isinstance(x, list) else x for key, x in config.items()}) if config else None
-    else:
-        if layers not in (1, 4):
-            raise ValueError(f"the official classifiers look at 1 or 4 layers, not {layers}")
-        config, labels = CONFIGS[arch], None
-        stem = f"{HUB_URL}/dinov2_{arch.removesuffix('_reg')}/dinov2_{arch.replace('_reg', '_reg4')}"
-        path = download(f"{stem}_pretrain.pth")
+    stem = f"{HUB_URL}/dinov2_{arch.removesuffix('_reg')}/dinov2_{arch.replace('_reg', '_reg4')}"
+    path = download(f"{stem}_pretrain.pth")
+    try:
         tensors, _ = read_tensors(path)
         if name.endswith("_lc"):
-            head, _ = read_tensors(download(f"{stem}_linear{'4' if layers == 4 else ''}_head.pth"))
-            tensors = add_head(tensors, head)
-    try:
-        model = from_state_dict(tensors, config, labels)
+            path = download(f"{stem}_linear{'4' if layers == 4 else ''}_head.pth")
+            tensors = add_head(tensors, read_tensors(path)[0])
+        return from_state_dict(tensors, CONFIGS[arch])
     except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete the file to download it again") from None
+
+
+def load_file(path: str | os.PathLike) -> DinoVisionTransformer | LinearClassifier:
+    tensors, metadata = read_tensors(path)
+    try:
+        fields, labels = (json.loads(metadata.get(key, "null")) for key in ("config", "labels"))
+        if fields is not None:
+            fields = Config(**{key: tuple(x) if isinstance(x, list) else x for key, x in dict(fields).items()})
+        return from_state_dict(tensors, fields, labels)
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
-    return model.to(device, dtype)
 
 
 def download(url: str) -> Path:
@@ -593,8 +669,11 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))), {}
-    except Exception as error:  # of a dozen kinds
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed")  # and may unpack to any size; torch.save never compresses
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)), {}
+    except Exception as error:  # of a dozen types
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
 
@@ -611,21 +690,37 @@ def from_state_dict(
     """The model, in eval mode, of a state dict with the official names; its parameters are these very tensors.
 
     Without a config, the shapes of the tensors give it. A classifier of 1,000 classes without labels is ImageNet's.
-    Raises a ValueError that names the first tensor that is missing, unknown or of a wrong shape.
+    Raises a ValueError that names the config field that the shapes contradict, or the first tensor that is missing,
+    unknown, or of a wrong shape or dtype.
     """
-    config = config or infer_config({str(key).removeprefix("backbone."): x for key, x in tensors.items()})
+    inferred = infer_config({str(key).removeprefix("backbone."): x for key, x in tensors.items()}, config)
+    for field, told in dataclasses.asdict(inferred).items():  # before anything of that size is allocated
+        if config is not None and getattr(config, field) != told:
+            raise ValueError(f"config: {field} is {getattr(config, field)}, but the tensors' shapes say {told}")
     with _SkipInit():
-        model = DinoVisionTransformer(config)
+        model = DinoVisionTransformer(inferred)
         if "linear_head.weight" in tensors:
-            num_classes, width = tensors["linear_head.weight"].shape
-            model = LinearClassifier(model, num_classes, layers=width // config.embed_dim - 1)
-            model.labels = labels or (IMAGENET_CLASSES if num_classes == len(IMAGENET_CLASSES) else None)
+            num_classes, width = (*tensors["linear_head.weight"].shape, 0, 0)[:2]
+            model = LinearClassifier(model, num_classes, layers=width // inferred.embed_dim - 1)
+            default = IMAGENET_CLASSES if num_classes == len(IMAGENET_CLASSES) else None
+            model.labels = check_labels(labels, num_classes) or default
     wanted, found = ({key: tuple(x.shape) for key, x in state.items()} for state in (model.state_dict(), tensors))
     for key in wanted | found:
         if found.get(key) != wanted.get(key):
             raise ValueError(f"{key}: found {found.get(key, 'none')}, wanted {wanted.get(key, 'none')}")
+        if tensors[key].dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"{key}: found {tensors[key].dtype}, wanted float32, bfloat16, float16 or float64")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def check_labels(labels: object, num_classes: int) -> list[str] | None:
+    """The labels if there are none, or if they are a list of num_classes strings; else a ValueError."""
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise ValueError(f"labels must be a list of strings, got {str(labels):.60}")
+    if labels and len(labels) != num_classes:
+        raise ValueError(f"{len(labels)} labels for {num_classes} classes")
+    return labels or None
 
 
 class _SkipInit(torch.overrides.TorchFunctionMode):
@@ -637,29 +732,34 @@ class _SkipInit(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def infer_config(tensors: dict[str, Tensor]) -> Config:
-    """The config that the shapes of a backbone's official state dict tell of. Raises a ValueError if it is none."""
+def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_heads: int | None = None) -> Config:
+    """The config of a backbone's official state dict. Raises a ValueError if it is none.
+
+    The shapes give what they can, and config the rest. Without one, models of the official widths have the official
+    number of heads; for others num_heads is needed.
+    """
     try:
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         D, C, P, _ = shapes["patch_embed.proj.weight"]
-        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
-        grid = math.isqrt(shapes["pos_embed"][1] - 1)
-        swiglu = "blocks.0.mlp.w3.weight" in shapes
-        mlp_ratio = 4.0 if swiglu else shapes["blocks.0.mlp.fc1.weight"][0] / D
+        num_patches = shapes["pos_embed"][1] - 1
+        depth = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+        ffn = "swiglu" if "blocks.0.mlp.w3.weight" in shapes else "mlp"
+        hidden = shapes["blocks.0.mlp.w3.weight" if ffn == "swiglu" else "blocks.0.mlp.fc2.weight"][1]
+        R = shapes["register_tokens"][1] if "register_tokens" in shapes else 0
     except (KeyError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"no state dict with the official names (convert_weights.py knows others): {error!r}") from None
-    registers = shapes["register_tokens"][1] if "register_tokens" in shapes else 0
-    return Config(
-        embed_dim=D,
-        depth=depth,
-        num_heads=D // 64,  # heads are 64 wide in all official models
-        mlp_ratio=mlp_ratio,
-        ffn="swiglu" if swiglu else "mlp",
-        patch_size=P,
-        image_size=grid * P,
-        in_chans=C,
-        **({"num_register_tokens": registers} if registers else _NO_REGISTERS),
-    )
+    if config is None:
+        num_heads = num_heads or {known.embed_dim: known.num_heads for known in _CONFIGS.values()}.get(D)
+        if num_heads is None:
+            raise ValueError(f"width {D} does not tell the number of heads: give it to convert_weights.py as --num-heads")
+        config = Config(D, num_heads=num_heads, **({} if R else _NO_REGISTERS))
+    shape = {"embed_dim": D, "depth": depth, "ffn": ffn, "patch_size": P, "in_chans": C, "num_register_tokens": R}
+    config = dataclasses.replace(config, **shape)
+    if math.prod(config.grid) != num_patches:  # of a grid that is no square, only the config knows the sides
+        config = dataclasses.replace(config, image_size=math.isqrt(max(num_patches, 0)) * P)
+    if config.hidden_dim != hidden:
+        config = dataclasses.replace(config, mlp_ratio=hidden / D * (1.5 if ffn == "swiglu" else 1))
+    return config
 
 
 def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLike, labels: list[str] | None = None):
@@ -667,24 +767,33 @@ def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLik
 
     labels (by default the model's own) are those of a classifier, in the order of its logits.
     """
-    labels = labels or getattr(model, "labels", None)
     num_classes = model.linear_head.out_features if isinstance(model, LinearClassifier) else 0
-    if labels and len(labels) != num_classes:
-        raise ValueError(f"{len(labels)} labels for {num_classes} classes")
-    config = dataclasses.asdict(getattr(model, "backbone", model).config)
+    labels = check_labels(labels or getattr(model, "labels", None), num_classes)
+    config = dataclasses.asdict(model.config)
     metadata = {"format": "pt", "config": json.dumps(config), "labels": json.dumps(labels)}
     write_tensors(model.state_dict(), path, metadata)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]):
-    """Write a .safetensors file, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
-        part = Path(folder, "part")
+    """Write a .safetensors file atomically."""
+    with atomic(path) as part:
         part.touch()
         mode = part.stat().st_mode
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata)
-        part.chmod(mode)  # which is not the owner's alone, as safetensors leaves it
-        os.replace(part, path)
+        part.chmod(mode)  # safetensors leaves it readable by its owner alone
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path that replaces `path` if nothing is raised. What a killed process left, the next one removes."""
+    folder = Path(f"{path}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder / Path(path).name
+        os.replace(folder / Path(path).name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,7 +806,7 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
     """The files that paths name, and in place of each folder the images anywhere below it, sorted."""
     files = []
     for path in map(Path, paths):
-        inside = path.rglob("*") if path.is_dir() else ()
+        inside = path.rglob("*") if os.path.isdir(path) else ()
         files += sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES) or [path]
     return files
 
@@ -718,7 +827,7 @@ def classify(
             if os.path.isdir(path):
                 raise ValueError("no images in this folder")
             return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast)
-        except Exception as error:  # of any kind: PIL's plugins are many
+        except (OSError, ValueError) as error:
             return error
 
     device = model.linear_head.weight.device
@@ -745,7 +854,16 @@ def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int)
     return {"image": str(path), "predictions": predictions}
 
 
+def printable(text: str) -> str:
+    """Text that stays on its line of the standard output: what it cannot show is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def run(args: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore", module="PIL")  # its messages do not name the file
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # glibc shall keep what is freed: else each layer's memory is returned, and then faulted in again
         mallopt(-4, 0)  # M_MMAP_MAX; M_MMAP_THRESHOLD would do, but old releases refuse large values
@@ -761,7 +879,7 @@ def run(args: argparse.Namespace) -> int:
     labels = model.labels or range(model.linear_head.out_features)
 
     paths = find_images(args.images)
-    width = max(len(str(path)) for path in paths)
+    width = max(len(printable(str(path))) for path in paths)
     progress = sys.stderr.isatty() and len(paths) > args.batch_size
     failed = 0
     for done, result in enumerate(classify(model, paths, size, args.keep_aspect, args.fast, args.batch_size)):
@@ -772,11 +890,11 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(said), flush=True)
         elif "error" in said:
-            print(f"dinoreg: {said['image']}: {said['error']}", file=sys.stderr, flush=True)
+            print(f"dinoreg: {printable(said['image'])}: {printable(said['error'])}", file=sys.stderr, flush=True)
         else:
             for i, prediction in enumerate(said["predictions"]):
-                name = "" if i else said["image"]
-                print(f"{name:{width}}  {prediction['probability']:6.1%}  {prediction['label']}", flush=True)
+                name, label = "" if i else printable(said["image"]), printable(prediction["label"])
+                print(f"{name:{width}}  {prediction['probability']:6.1%}  {label}", flush=True)
         if progress and done + 1 < len(paths):
             print(f"{done + 1}/{len(paths)}", end="", file=sys.stderr, flush=True)
     return 1 if failed else 0
