@@ -155,8 +155,12 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
 
 
 def forward(args: argparse.Namespace) -> None:
-    print("Forward, milliseconds per image. All tokens are computed and normalised, but `embed`, onnxruntime and openvino give")
-    print("CLS alone. `compile` is `torch.compile(model)`. Matrix products are those of the model's linear layers and nothing")
+    print(
+        "Forward, milliseconds per image. All tokens are computed and normalised, but `embed`, onnxruntime and openvino give"
+    )
+    print(
+        "CLS alone. `compile` is `torch.compile(model)`. Matrix products are those of the model's linear layers and nothing"
+    )
     print("else, and GFLOP/s is their rate.\n")
     rows = (forward_row(args, *which) for which in itertools.product(args.models, args.pixels, args.batches))
     first = next(rows)
@@ -236,7 +240,9 @@ with torch.inference_mode():
 
 
 def start(args: argparse.Namespace) -> None:
-    print("One photo, the whole process, ViT-S/14 with registers: each classifies and prints (timm with a head that sees CLS")
+    print(
+        "One photo, the whole process, ViT-S/14 with registers: each classifies and prints (timm with a head that sees CLS"
+    )
     print("alone). Seconds, and peak megabytes of resident memory.\n")
     photo = str(PHOTOS[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -260,8 +266,12 @@ def start(args: argparse.Namespace) -> None:
         results = take_turns(commands, args.turns, whole_process)
     seconds, megabytes = ({name: [x[i] for x in values] for name, values in results.items()} for i in (0, 1))
     rows = [
-        [name, f"{statistics.median(seconds[name]):.2f}", ratio(seconds[name], seconds["dinoreg"])]
-        + [f"{statistics.median(megabytes[name]):.0f}"]
+        [
+            name,
+            f"{statistics.median(seconds[name]):.2f}",
+            ratio(seconds[name], seconds["dinoreg"]),
+            f"{statistics.median(megabytes[name]):.0f}",
+        ]
         for name in commands
     ]
     table(["process", "seconds", "ratio", "peak MB"], rows)
@@ -283,11 +293,16 @@ def load(args: argparse.Namespace) -> None:
         with dinoreg._SkipInit():
             dinoreg.save(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vitg14_reg"]), path)
         seconds, megabytes = zip(*(numbers_from([sys.executable, "-c", LOAD, path]) for _ in range(args.turns)))
-    table(["", "seconds", "resident MB more"], [["dinoreg.load", *(f"{statistics.median(x):.2f}" for x in (seconds, megabytes))]])
+    table(
+        ["", "seconds", "resident MB more"],
+        [["dinoreg.load", *(f"{statistics.median(x):.2f}" for x in (seconds, megabytes))]],
+    )
 
 
 def folder(args: argparse.Namespace) -> None:
-    print("A folder of 16 photographs of 12 megapixels (JPEG), decoded and classified by ViT-S/14 with registers: seconds per")
+    print(
+        "A folder of 16 photographs of 12 megapixels (JPEG), decoded and classified by ViT-S/14 with registers: seconds per"
+    )
     print("image. `--fast` lets the JPEG decoder shrink the image, as far as it stays above the size that is seen.\n")
     with tempfile.TemporaryDirectory() as where:
         paths = [f"{where}/{i}.jpg" for i in range(16)]
@@ -311,7 +326,9 @@ def folder(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def fast(args: argparse.Namespace) -> None:
-    print("What `--fast` costs: the cosine of the CLS tokens that ViT-S/14 gives of a photo decoded at reduced scale and in full.\n")
+    print(
+        "What `--fast` costs: the cosine of the CLS tokens of ViT-S/14 for a photo decoded at reduced scale and in full.\n"
+    )
     model, rows = dinoreg.load("vits14"), []
     for photo, size in itertools.product(PHOTOS, (98, 140, 224)):
         full, reduced = (model.embed(dinoreg.preprocess(photo, size, fast=flag)[None]) for flag in (False, True))

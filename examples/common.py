@@ -1,10 +1,7 @@
-"""What the examples share: loading a backbone, reading images ahead of the model, error messages, atomic files."""
+"""What the examples share: loading a backbone, reading images ahead of the model, error messages."""
 
 import argparse
-import contextlib
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples also run in a clone that is not installed
-import dinoreg  # noqa: E402
+import dinoreg
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -39,25 +36,21 @@ def read_image(path: Path, *args, **kwargs) -> Tensor | str:
         return reason(error)
 
 
-def read_ahead(read: Callable, items: Sequence, batch_size: int) -> Iterator[list]:
-    """Batches of `read(item)`, in order; threads read the next batch while the caller works on this one."""
+def read_ahead(read: Callable, batches: Iterable[Sequence]) -> Iterator[list]:
+    """What `read` returns for the items of each batch; threads read the next batch while the caller works on this one."""
     with ThreadPoolExecutor() as pool:
-        ahead: Iterable = ()
-        for start in range(0, len(items), batch_size):
-            now, ahead = ahead, pool.map(read, items[start : start + batch_size])
-            if batch := list(now):
-                yield batch
-        if batch := list(ahead):
-            yield batch
+        ahead = None
+        for batch in batches:
+            now, ahead = ahead, pool.map(read, batch)
+            if now is not None:
+                yield list(now)
+        if ahead is not None:
+            yield list(ahead)
 
 
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which replaces `path` only if nothing was raised."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, path.name)
-        yield part
-        os.replace(part, path)
+def split_batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Consecutive parts of a sequence, of `size` items each; the last one may be shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def run(function: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

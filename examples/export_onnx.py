@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime
 import torch
 
+import common  # noqa: F401  finds dinoreg in a clone that is not installed
 import dinoreg
 
 
@@ -32,7 +33,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         model = dinoreg.load(args.model)
-        backbone = getattr(model, "backbone", model)
+        backbone = model.backbone if isinstance(model, dinoreg.LinearClassifier) else model
         H, W = (args.size or [backbone.config.crop_size]) * (2 if len(args.size or [0]) == 1 else 1)
         images = torch.randn(2, backbone.config.in_chans, H, W)
         backbone.fix_image_size(H, W)

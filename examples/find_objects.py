@@ -13,9 +13,7 @@ It takes an object to be smaller than its background: of a face that fills the p
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from scipy.ndimage import label
 from torch import Tensor
 from tqdm import tqdm
 
+import common
 import dinoreg
 
 CANDIDATES = 100  # k of the paper: so many patches may join the seed
@@ -91,17 +90,8 @@ def name_pictures(images: list[Path], folder: Path) -> list[Path]:
     return pictures
 
 
-def write(picture: Image.Image, path: Path) -> None:
-    """Whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, "part.png")
-        picture.save(part)
-        os.replace(part, path)
-
-
 def run(args: argparse.Namespace) -> int:
-    model = dinoreg.load(args.model)
-    model = getattr(model, "backbone", model)
+    model = common.load_backbone(args.model, args.device)
     if args.size < model.patch_size:
         raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
     bias = BIAS[args.features] if args.bias is None else args.bias
@@ -110,17 +100,18 @@ def run(args: argparse.Namespace) -> int:
     images, failed = dinoreg.find_images(args.images), 0
     for image, path in zip(tqdm(images, unit="image"), name_pictures(images, args.output)):
         try:
+            x = dinoreg.preprocess(image, args.size, keep_aspect=True, patch_size=model.patch_size)
             photo = dinoreg.to_rgb(Image.open(image))
-            x = dinoreg.preprocess(photo, args.size, keep_aspect=True, patch_size=model.patch_size)
-        except Exception as error:  # of any kind: PIL's plugins are many
-            tqdm.write(f"find_objects: {image}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        except (OSError, ValueError) as error:
+            tqdm.write(f"find_objects: {image}: {common.reason(error)}", file=sys.stderr)
             failed += 1
             continue
-        features = last_attention(model, x)[args.features]
+        features = last_attention(model, x.to(args.device))[args.features].cpu()
         similarity = features @ features.T
         mask = lost(similarity + bias * similarity.mean(), *(side // model.patch_size for side in x.shape[1:]))
         box = find_box(mask, *photo.size)
-        write(draw(photo, mask, box), path)
+        with dinoreg.atomic(path) as part:
+            draw(photo, mask, box).save(part)
         tqdm.write(json.dumps({"image": str(image), "box": box}), file=sys.stdout)
     return 1 if failed else 0
 
@@ -135,11 +126,8 @@ def main() -> int:
     add("--bias", type=float, help=f"added to the similarities, in units of their mean (default: {defaults})")
     add("--size", type=int, default=518, help="side in pixels of a square as large as the resized image (default: 518)")
     add("--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
-    try:
-        return run(parser.parse_args())
-    except (OSError, ValueError, RuntimeError) as error:  # a model, the network, a folder, the memory
-        print("find_objects:", str(error).partition("\n")[0], file=sys.stderr)
-        return 2
+    common.add_device(parser)
+    return common.run(run, parser.parse_args())
 
 
 if __name__ == "__main__":

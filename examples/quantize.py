@@ -14,11 +14,11 @@ import statistics
 import sys
 import time
 
-import common
 import torch
 import torch.nn.functional as F
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+import common
 import dinoreg
 
 MIN_COSINE = 0.99

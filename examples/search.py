@@ -11,11 +11,8 @@ index forgets those that are gone. The nearest are those with the greatest cosin
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+import common
 import dinoreg
 
 BATCH = 16
@@ -61,20 +59,16 @@ def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[T
     """For each image file in turn: its CLS token (D,), of length 1, float16; or why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
-        try:
-            return dinoreg.preprocess(path, model.config.crop_size)
-        except Exception as error:  # of any kind: PIL's plugins are many
-            return f"{path}: {getattr(error, 'strerror', None) or str(error) or repr(error)}"
+        image = common.read_image(path, model.config.crop_size)
+        return f"{path}: {image}" if isinstance(image, str) else image
 
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), BATCH):
-            images = list(pool.map(read, paths[start : start + BATCH]))
-            tensors = [image for image in images if isinstance(image, Tensor)]
-            if tensors:
-                features = model.embed(torch.stack(tensors).to(model.pos_embed.device))  # (B, D)
-                features = iter(F.normalize(features, dim=1).half().cpu())
-            for image in images:
-                yield next(features) if isinstance(image, Tensor) else image
+    for images in common.read_ahead(read, common.split_batches(paths, BATCH)):
+        tensors = [image for image in images if isinstance(image, Tensor)]
+        if tensors:
+            features = model.embed(torch.stack(tensors).to(model.pos_embed.device))  # (B, D)
+            features = iter(F.normalize(features, dim=1).half().cpu())
+        for image in images:
+            yield next(features) if isinstance(image, Tensor) else image
 
 
 def draw(path: Path, images: list[Path], captions: list[str]) -> None:
@@ -93,10 +87,8 @@ def draw(path: Path, images: list[Path], captions: list[str]) -> None:
         axis.spines[:].set(linewidth=3, color="tab:orange")
     for axis in axes[len(images) :]:
         axis.set_axis_off()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, path.name)
+    with dinoreg.atomic(path) as part:
         figure.savefig(part, bbox_inches="tight", pad_inches=0.1)
-        os.replace(part, path)
 
 
 def shorten(text: str, width: int = 28) -> str:
@@ -137,9 +129,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.output.parent}: no such folder")
     if args.index.suffix != ".safetensors":
         raise ValueError(f"{args.index}: the name of an index ends in .safetensors")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = dinoreg.load(args.model, device=best)
-    model = getattr(model, "backbone", model)  # of a classifier
+    model = common.load_backbone(args.model, args.device)
     if args.query:
         (query,) = embed(model, [args.query])  # first, since it may be no image
         if isinstance(query, str):
@@ -171,16 +161,11 @@ def main() -> int:
     add("--index", type=Path, metavar="FILE", help="default: FOLDER/.dinoreg-index.safetensors")
     add("--top", type=int, default=8, metavar="K", help="how many to find (default: %(default)s)")
     add("--output", type=Path, default=Path("nearest.png"), help="their pictures (default: %(default)s)")
+    common.add_device(parser)
     args = parser.parse_args()
     if args.top < 1:
         parser.error("--top must be at least 1")
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
-        print("search:", str(error).partition("\n")[0], file=sys.stderr)
-        return 2
+    return common.run(run, args)
 
 
 if __name__ == "__main__":

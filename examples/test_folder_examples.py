@@ -376,9 +376,7 @@ def test_random_crops_are_parts_of_the_image(load_example, tmp_path):
 def test_finetuning_trains_the_backbone(load_example, folder, model, tmp_path):
     load_example("train_classifier")  # or skip
     output = tmp_path / "mine.safetensors"
-    result = run_example(
-        "train_classifier", folder, "--model", model, "--finetune", "--epochs", 3, "--output", output
-    )
+    result = run_example("train_classifier", folder, "--model", model, "--finetune", "--epochs", 3, "--output", output)
     assert result.returncode == 0, result.stderr
     assert "fine-tuned, 3 epochs: 100.0% of 6 held-out images are right" in result.stdout
     before, after = dinoreg.load(model).state_dict(), dinoreg.load(output)

@@ -20,8 +20,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import common
 import dinoreg
 
 BATCH = 16  # images in the backbone at once
@@ -60,29 +60,15 @@ def split(names: list[str], classes: Tensor) -> Tensor:
     return held_out
 
 
-def read_ahead(read: Callable, batches: Iterable[Sequence]) -> Iterator[list]:
-    """What `read` makes of the items of each batch: the next batch is read while this one is computed."""
-    with ThreadPoolExecutor() as pool:
-        ahead = None
-        for batch in batches:
-            ahead, now = pool.map(read, batch), ahead
-            if now:
-                yield list(now)
-        yield list(ahead or ())
-
-
 @torch.inference_mode()
 def apply(function: Callable[[Tensor], Tensor], paths: list[Path], size: int, device: str) -> list[Tensor | str]:
     """What a function of images (B, 3, size, size) gives for each file, on the CPU; or why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
-        try:
-            return dinoreg.preprocess(path, size)
-        except Exception as error:  # of any kind: PIL's plugins are many
-            return getattr(error, "strerror", None) or str(error) or repr(error)
+        return common.read_image(path, size)
 
     results, bar = [], tqdm(total=len(paths), unit="image")
-    for images in read_ahead(read, (paths[i : i + BATCH] for i in range(0, len(paths), BATCH))):
+    for images in common.read_ahead(read, common.split_batches(paths, BATCH)):
         tensors = [image for image in images if isinstance(image, Tensor)]
         outputs = iter(function(torch.stack(tensors).to(device)).float().cpu() if tensors else ())
         results += [next(outputs) if isinstance(image, Tensor) else image for image in images]
@@ -205,7 +191,7 @@ def finetune(
     bar = tqdm(total=epochs * steps, unit="step")
     order = [batch for _ in range(epochs) for batch in torch.randperm(len(paths)).split(BATCH)]
     items = ([(paths[i], torch.rand(5)) for i in batch] for batch in order)  # threads would draw in any order
-    for batch, images in zip(order, read_ahead(lambda item: random_crop(*item, size, flip), items)):
+    for batch, images in zip(order, common.read_ahead(lambda item: random_crop(*item, size, flip), items)):
         x, y = torch.stack(images).to(device), classes[batch].to(device)
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
             logits = model(x)
@@ -256,7 +242,7 @@ def run(args: argparse.Namespace) -> int:
     for path in [cache] if args.knn else [cache, args.output]:
         if path.suffix != ".safetensors" or not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path}: must be a .safetensors file in a folder that can be written to")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = args.device
     model = load_model(args, len(names)).to(device)
     D, size = model.backbone.embed_dim, model.backbone.config.crop_size
 
@@ -303,18 +289,13 @@ def main() -> int:
     add("--no-flip", action="store_true", help="let --finetune mirror no images: for text and the like")
     add("--cache", type=Path, metavar="FILE", help="features of the images (default: FOLDER.features.safetensors)")
     add("--output", type=Path, default=Path("classifier.safetensors"), help="default: %(default)s")
+    common.add_device(parser)
     args = parser.parse_args()
     if args.knn and args.finetune:
         parser.error("--knn trains nothing: leave out --finetune")
     if args.epochs < 1:
         parser.error("--epochs must be at least 1")
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
-        print("train_classifier:", str(error).partition("\n")[0], file=sys.stderr)
-        return 2
+    return common.run(run, args)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ are held out; the last line tells how many of these the model gets right. It is 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import common
 import dinoreg
 
 HERE = Path(__file__).parent
@@ -58,30 +60,32 @@ def accuracy(model: dinoreg.LinearClassifier, x: Tensor, digits: Tensor) -> floa
     return (model(x).argmax(dim=1) == digits).float().mean().item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=HERE / "digits.safetensors", help="default: %(default)s")
-    parser.add_argument("--images", type=Path, help="write one held-out digit of each kind into this folder")
-    parser.add_argument("--epochs", type=int, default=90, help="default: %(default)s")
-    args = parser.parse_args()
-
+def train(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     images, digits = load_digits()
+    if args.folders:
+        for i, (image, digit) in enumerate(zip(images[:1000], digits)):
+            folder = args.folders / LABELS[digit]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+        return 0
     x = torch.stack([dinoreg.preprocess(image, CONFIG.crop_size) for image in images])
-    train_x, train_digits, held_out_x, held_out_digits = x[:4000], digits[:4000], x[4000:], digits[4000:]
+    train_x, train_digits = x[:4000], digits[:4000]
+    held_out_x, held_out_digits = x[4000:].to(args.device), digits[4000:].to(args.device)
     if args.images:
         args.images.mkdir(parents=True, exist_ok=True)
         for image, digit in zip(images[4000:4010], digits[4000:4010]):
             image.save(args.images / f"{LABELS[digit]}.png")
 
-    model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(CONFIG), num_classes=10)
+    model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(CONFIG), num_classes=10).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = args.epochs * 80  # of 50 digits
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=steps, pct_start=0.15)
-    for epoch in (bar := tqdm(range(args.epochs), unit="epoch")):
+    for _ in (bar := tqdm(range(args.epochs), unit="epoch")):
         model.train()
         for batch in torch.randperm(4000).split(50):
-            loss = F.cross_entropy(model(augment(train_x[batch])), train_digits[batch], label_smoothing=0.05)
+            logits = model(augment(train_x[batch]).to(args.device))
+            loss = F.cross_entropy(logits, train_digits[batch].to(args.device), label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -91,7 +95,18 @@ def main():
 
     dinoreg.save(model, args.output, LABELS)
     print(f"{args.output}: {accuracy(model, held_out_x, held_out_digits):.1%} of 1,000 held-out digits are right")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=HERE / "digits.safetensors", help="default: %(default)s")
+    parser.add_argument("--images", type=Path, help="write one held-out digit of each kind into this folder")
+    parser.add_argument("--folders", type=Path, help="only write 1,000 digits into this folder, in one of each digit's name")
+    parser.add_argument("--epochs", type=int, default=90, help="default: %(default)s")
+    common.add_device(parser)
+    return common.run(train, parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,9 +14,7 @@ It prints how many of all patch tokens are outliers, of a norm far above the oth
 """
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+import common
 import dinoreg
 
 OUTLIER = 3  # medians: outliers have about 10 times the norm of other tokens; on a scale of factors this is half way
@@ -61,10 +60,11 @@ def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
     """What is shown of an image (3, H, W), by title: maps (h, w), or (h, w, 3) if they are in colour."""
     h, w = (side // model.patch_size for side in x.shape[1:])
     mean, std = torch.tensor([dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD])
-    features = model.forward_features(x[None])
-    patches = features["x_norm_patchtokens"][0]
-    _, _, (tokens,) = model.split_tokens(features["x_prenorm"])  # (h * w, D)
-    attention = model.attention_maps(x[None])[0].mean(dim=0)  # (1 + R, h, w)
+    batch = x[None].to(model.pos_embed.device)
+    features = model.forward_features(batch)
+    patches = features["x_norm_patchtokens"][0].cpu()
+    _, _, (tokens,) = model.split_tokens(features["x_prenorm"].cpu())  # (h * w, D)
+    attention = model.attention_maps(batch)[0].mean(dim=0).cpu()  # (1 + R, h, w)
     names = ["CLS", *(f"register {i + 1}" for i in range(model.num_register_tokens))]
     return {
         "image": (x.permute(1, 2, 0) * std + mean).clamp(0, 1),
@@ -107,19 +107,10 @@ def name_pictures(images: list[Path], folder: Path) -> list[Path]:
     return pictures
 
 
-def write(figure: Figure, path: Path) -> None:
-    """Whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, "part.png")
-        figure.savefig(part, dpi=150)
-        os.replace(part, path)
-
-
 def run(args: argparse.Namespace) -> int:
     models = {}
     for source in args.model:
-        model = dinoreg.load(source)
-        models[source] = model = getattr(model, "backbone", model)
+        models[source] = model = common.load_backbone(source, args.device)
         if args.size < model.patch_size:
             raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -127,16 +118,16 @@ def run(args: argparse.Namespace) -> int:
     images, failed = dinoreg.find_images(args.images), 0
     norms: dict[str, list[Tensor]] = {source: [] for source in models}
     for image, picture in zip(tqdm(images, unit="image"), name_pictures(images, args.output)):
-        try:
-            inputs = [dinoreg.preprocess(image, args.size, True, model.patch_size) for model in models.values()]
-        except Exception as error:  # of any kind: PIL's plugins are many
-            tqdm.write(f"visualize: {image}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        inputs = [common.read_image(image, args.size, True, model.patch_size) for model in models.values()]
+        if isinstance(inputs[0], str):
+            tqdm.write(f"visualize: {image}: {inputs[0]}", file=sys.stderr)
             failed += 1
             continue
         rows = {source: see(model, x) for (source, model), x in zip(models.items(), inputs)}
         for source, maps in rows.items():
             norms[source].append(maps["norm"].flatten())
-        write(draw(rows), picture)
+        with dinoreg.atomic(picture) as part:
+            draw(rows).savefig(part, dpi=150)
 
     for source, parts in norms.items():
         if parts:
@@ -156,11 +147,8 @@ def main() -> int:
     rule = f"for each model, {OUTLIER} times the median over all images"
     add("--cutoff", type=float, metavar="NORM", help=f"the norm above which tokens are outliers (default: {rule})")
     add("--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
-    try:
-        return run(parser.parse_args())
-    except (OSError, ValueError, RuntimeError) as error:  # a model, the network, a folder, the memory
-        print("visualize:", str(error).partition("\n")[0], file=sys.stderr)
-        return 2
+    common.add_device(parser)
+    return common.run(run, parser.parse_args())
 
 
 if __name__ == "__main__":
