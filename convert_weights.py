@@ -312,7 +312,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", default="dinoreg", choices=("dinoreg", "official", "hf", "timm"), help="(default: dinoreg)")
     parser.add_argument("--head", metavar="FILE", help="an official linear head, for an official backbone")
     parser.add_argument("--layers", type=int, choices=(1, 4), default=4, help="which head of an official name (default: 4)")
-    parser.add_argument("--num-heads", type=int, metavar="A", help="attention heads, where neither width nor config.json tell")
+    parser.add_argument(
+        "--num-heads", type=int, metavar="A", help="attention heads, where neither width nor config.json tell"
+    )
     parser.add_argument("--labels", metavar="FILE", help="a text file of the classes' names, one a line")
     args = parser.parse_args(argv)
     try:
@@ -327,7 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.output}: {dialect} -> {args.to}, {count:,} parameters, {size / 1e6:,.1f} MB")
     print(model.config)
     if isinstance(model, LinearClassifier):
-        print(f"{model.layers} layers -> {model.linear_head.out_features} classes: {', '.join((model.labels or [])[:3])}, ...")
+        print(
+            f"{model.layers} layers -> {model.linear_head.out_features} classes: {', '.join((model.labels or [])[:3])}, ..."
+        )
     return 0
 
 

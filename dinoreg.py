@@ -436,7 +436,7 @@ class DinoVisionTransformer(nn.Module):
         """
         blocks = range(self.n_blocks)
         wanted = blocks[-n:] if isinstance(n, int) else n
-        if not wanted or not set(wanted).issubset(blocks) or isinstance(n, int) and not 1 <= n <= self.n_blocks:
+        if not wanted or not set(wanted).issubset(blocks) or (isinstance(n, int) and not 1 <= n <= self.n_blocks):
             raise ValueError(f"n must be 1 to {self.n_blocks}, or list indices of the {self.n_blocks} blocks, got {n}")
 
         grid = self.image_grid(x)
@@ -668,7 +668,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     try:
         if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         is_zip = zipfile.is_zipfile(path)
         if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is compressed")  # and may unpack to any size; torch.save never compresses
@@ -717,7 +717,7 @@ def from_state_dict(
 def check_labels(labels: object, num_classes: int) -> list[str] | None:
     """The labels if there are none, or if they are a list of num_classes strings; else a ValueError."""
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise ValueError(f"labels must be a list of strings, got {str(labels):.60}")
+        raise ValueError(f"labels must be a list of strings, got {labels!s:.60}")
     if labels and len(labels) != num_classes:
         raise ValueError(f"{len(labels)} labels for {num_classes} classes")
     return labels or None
@@ -948,7 +948,8 @@ def main(argv: list[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # The classes of ImageNet-1k, in the order of the logits
 
-IMAGENET_CLASSES = """
+IMAGENET_CLASSES = (
+    """
 tench, goldfish, great white shark, tiger shark, hammerhead, electric ray, stingray, rooster, hen, ostrich, brambling,
 goldfinch, house finch, junco, indigo bunting, robin, bulbul, jay, magpie, chickadee, water ouzel, kite (bird), bald
 eagle, vulture, great grey owl, European fire salamander, common newt, eft, spotted salamander, axolotl, bullfrog,
@@ -1050,7 +1051,10 @@ sauce, dough, meat loaf, pizza, potpie, burrito, red wine, espresso, cup, eggnog
 geyser, lakeside, promontory, sandbar, seashore, valley, volcano, ballplayer, groom, scuba diver, rapeseed, daisy,
 yellow lady's slipper, corn, acorn, rose hip, buckeye, coral fungus, agaric, gyromitra, stinkhorn, earthstar,
 hen-of-the-woods, bolete, ear of corn, toilet tissue
-""".replace("\n", " ").strip().split(", ")
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 
 
 if __name__ == "__main__":

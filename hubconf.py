@@ -1,8 +1,8 @@
 """Entry points for `torch.hub.load`, with the names and arguments of facebookresearch/dinov2."""
 
-dependencies = ["torch", "numpy", "PIL", "safetensors"]
-
 import dinoreg as _dinoreg
+
+dependencies = ["torch", "numpy", "PIL", "safetensors"]
 
 
 def _entry(name):
