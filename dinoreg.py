@@ -637,7 +637,7 @@ def load_file(path: str | os.PathLike) -> DinoVisionTransformer | LinearClassifi
 
 
 def download(url: str) -> Path:
-    """The file of a URL in torch.hub's cache, fetched if it is not there, with a progress bar; whole or not at all."""
+    """The file of a URL in the cache of torch.hub, downloaded atomically if it is not there, with a progress bar."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if path.exists():
         return path
@@ -763,7 +763,7 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
 
 
 def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLike, labels: list[str] | None = None):
-    """Write a model to a .safetensors file that `load` reads: tensors, config and class names; whole or not at all.
+    """Write a model to a .safetensors file that `load` reads: tensors, config and class names. The write is atomic.
 
     labels (by default the model's own) are those of a classifier, in the order of its logits.
     """
