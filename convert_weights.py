@@ -57,7 +57,7 @@ def rename(tensors: dict[str, Tensor], source: str, target: str) -> dict[str, Te
 
     Raises a ValueError for a name that the source dialect does not know, and for a missing part of a joined tensor.
     """
-    tensors, renamed = dict(tensors), {}
+    tensors, renamed = dict(tensors), dict[str, Tensor]()
     packed = source == "timm" and is_packed_swiglu(tensors)
     blocks = {key.removeprefix(BLOCKS[source]).split(".")[0] for key in tensors if key.startswith(BLOCKS[source])}
     for row in NAMES:
@@ -155,7 +155,7 @@ def from_official(model: DinoVisionTransformer | LinearClassifier, dialect: str)
         raise ValueError("Hugging Face's classifiers see one layer, this one sees more (official ones: --layers 1)")
     tensors = rename(tensors, "official", dialect)
     if head:
-        tensors = {f"{hf_type(model.backbone.config)}.{key}": tensor for key, tensor in tensors.items()}
+        tensors = {f"{hf_type(model.config)}.{key}": tensor for key, tensor in tensors.items()}
     return tensors | {f"classifier.{key}": tensor for key, tensor in head.items()}
 
 
@@ -254,7 +254,7 @@ def read(
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not files:
             raise FileNotFoundError(f"{path}: neither *.safetensors nor pytorch_model*.bin in this folder")
-    checkpoint = {}
+    checkpoint: dict[str, Tensor] = {}
     for file in files:
         tensors, metadata = dinoreg.read_tensors(file)
         if "config" in metadata:

@@ -37,12 +37,14 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,9 +61,9 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. The defaults are those of the official ViT-S/14 with registers.
+    """The architecture of a model. The defaults are the official ViT-S/14 with registers.
 
-    Raises a ValueError that names the first field with a value that no model can have.
+    Raises a ValueError that names the first invalid field.
     """
 
     embed_dim: int = 384  # D
@@ -122,7 +124,7 @@ _CONFIGS = {
     "vitl14": Config(embed_dim=1024, depth=24, num_heads=16),
     "vitg14": Config(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
 }
-_NO_REGISTERS = {"num_register_tokens": 0, "interpolate_antialias": False, "interpolate_offset": 0.1}
+_NO_REGISTERS: dict[str, Any] = {"num_register_tokens": 0, "interpolate_antialias": False, "interpolate_offset": 0.1}
 CONFIGS: dict[str, Config] = {
     **{name: dataclasses.replace(config, **_NO_REGISTERS) for name, config in _CONFIGS.items()},
     **{f"{name}_reg": config for name, config in _CONFIGS.items()},
@@ -144,8 +146,8 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-# Images of several sizes go through the blocks side by side, their tokens as the rows of one matrix. Only attention takes
-# them apart again, by their shapes: the (B, N) of each.
+# Images of different sizes share one pass: their tokens are the rows of one matrix. Only attention separates them, by
+# their shapes: [(B, N), ...].
 Shapes = list[tuple[int, int]]
 
 
@@ -170,8 +172,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, shapes: Shapes | None = None, queries: int | None = None) -> Tensor:
-        """With shapes, x is what `pack` made of them, and each image looks at itself alone. With queries, only so many
-        first tokens of each image ask, and only theirs come out: (B, queries, D)."""
+        """With shapes, x is packed and each image attends to itself only. With queries, only the first `queries` tokens
+        of each image are computed: (B, queries, D)."""
         qkv = self.qkv(x)
         x = self.attend(qkv, queries) if shapes is None else pack([self.attend(part) for part in unpack(qkv, shapes)])
         return self.proj(x)
@@ -182,7 +184,7 @@ class Attention(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
     def rows(self, x: Tensor, queries: int) -> Tensor:
-        """The first rows of the attention matrices: (B, N, D) -> (B, A, queries, N), float32."""
+        """The attention of the first tokens to all tokens: (B, N, D) -> (B, A, queries, N), float32."""
         q, k, _ = self.split_heads(self.qkv(x))
         scores = q[:, :, :queries] @ k.mT / math.sqrt(q.shape[-1])
         return scores.softmax(dim=-1, dtype=torch.float32)
@@ -206,7 +208,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward layer of g (Shazeer, 2020): two branches, one gates the other."""
+    """Feed-forward layer of g (Shazeer, 2020): one branch gates the other."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -219,7 +221,10 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor for each channel of a residual branch (Touvron et al., 2021)."""
+    """A learnt factor for each channel of a residual branch (Touvron et al., 2021).
+
+    Training starts it near 0, so that a deep model begins close to the identity and stays stable.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -230,7 +235,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): in training, a residual branch is skipped for each image with `rate`."""
+    """Stochastic depth (Huang et al., 2016): training drops a residual branch, per image, with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -239,7 +244,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [x.shape[:2]]]
+        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [(len(x), x.shape[1])]]
         return x * pack(keep).view(*x.shape[:2], 1) / (1 - self.rate)
 
 
@@ -261,14 +266,21 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), shapes)
 
 
+Images = Tensor | list[Tensor] | tuple[Tensor, ...]  # a batch (B, C, H, W), or batches of different sizes
+
+
 class DinoVisionTransformer(nn.Module):
     """DINOv2, with or without registers: a drop-in for what `torch.hub.load("facebookresearch/dinov2", ...)` returns.
 
+    Without registers, large models store global information in a few background patches, whose tokens become outliers of
+    high norm and spoil feature and attention maps. Registers are extra learnt tokens that take over this role; they are
+    computed like all others, and left out of what the model is used for (Darcet et al., section 2).
+
     Parameters, attributes and methods have the names and meanings of the official class of the same name. Images are
-    (B, C, H, W) in the dtype of the weights or float32, normalised as `preprocess` does; H and W are any multiples of
-    the patch size. A ValueError says what is wrong with others. A new model is initialised as the official code does,
-    ready to be trained; `load` gives a trained one. Without masks, `mask_token` takes no part in the loss: for
-    DistributedDataParallel call `model.mask_token.requires_grad_(False)` first.
+    (B, C, H, W) in the dtype of the weights or float32, normalised as `preprocess` does; H and W are multiples of the
+    patch size. Other inputs raise a ValueError. A new model is initialised as in the official code, ready for training;
+    `load` returns a trained one. Without masks, `mask_token` takes no part in the loss: for DistributedDataParallel call
+    `model.mask_token.requires_grad_(False)` first.
     """
 
     def __init__(self, config: Config):
@@ -294,9 +306,9 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Random weights, as the official `init_weights` makes them; norms and the convolution keep PyTorch's own.
+        """Random weights as in the official `init_weights`; norms and the convolution keep PyTorch's defaults.
 
-        The official truncated normal is cut off at 100 standard deviations: it is a normal.
+        The official truncated normal is cut off at 100 standard deviations, so a plain normal is the same.
         """
         nn.init.normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -308,10 +320,10 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def prepare_tokens_with_masks(self, x: Tensor | Sequence, masks: Tensor | Sequence | None = None) -> Tensor | list:
+    def prepare_tokens_with_masks(self, x: Images, masks: Any = None) -> Any:
         """Images to tokens: (B, C, H, W) -> (B, N, D). Patches where masks (B, h * w; bool) is True are replaced.
 
-        A list or tuple of images, with as many masks or None, gives a list.
+        A list or tuple of images, with as many masks or None, returns a list.
         """
         if isinstance(x, (list, tuple)):
             masks = [None] * len(x) if masks is None else masks
@@ -347,26 +359,32 @@ class DinoVisionTransformer(nn.Module):
         return H // P, W // P
 
     def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
-        """The position embedding for a grid of h x w patches, resized in float32 if need be: (1, 1 + h * w, D)."""
+        """The position embedding for a grid of h x w patches: (1, 1 + h * w, D)."""
         grid = self.config.grid
         if (h, w) == grid:
             return self.pos_embed
-        # With an offset the scale comes from it, and not from the sizes: models that were trained so have grown used to
-        # the tiny shift that this makes.
+        # With an offset, the official code samples at a scale computed from it, not from the sizes: a small shift that
+        # these models were trained with. In float32, as bicubic weights in half precision are too coarse.
         offset = self.config.interpolate_offset
         target = {"scale_factor": ((h + offset) / grid[0], (w + offset) / grid[1])} if offset else {"size": (h, w)}
         cls, patches = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:].float()
-        # Channels last: in the other layout PyTorch (2.14) resizes wrongly to a single column of patches.
+        # Channels last: PyTorch (2.14) resizes contiguous tensors to a single column of patches wrongly.
         patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         patches = F.interpolate(patches, mode="bicubic", antialias=self.config.interpolate_antialias, **target)
         return torch.cat([cls, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(self.pos_embed.dtype)
 
     def run_blocks(self, x: Tensor | list[Tensor], wanted: Collection[int]) -> list:
-        """Tokens (B, N, D), or a list of such, through the blocks: what comes out of each wanted one, in block order."""
-        shapes = None
+        """Tokens (B, N, D), or a list of such, through the blocks: the outputs of the wanted blocks, in block order."""
         if isinstance(x, list):
-            shapes = [part.shape[:2] for part in x]
-            x = pack(x)
+            # Neighbours with as many tokens are one batch to attention.
+            order = sorted(range(len(x)), key=lambda i: x[i].shape[1])
+            images = [(len(x[i]), x[i].shape[1]) for i in order]
+            shapes = [(sum(B for B, n in images if n == N), N) for N in dict.fromkeys(n for _, n in images)]
+            packed = self.run_packed(pack([x[i] for i in order]), wanted, shapes)
+            return [[part for _, part in sorted(zip(order, unpack(out, images)))] for out in packed]
+        return self.run_packed(x, wanted)
+
+    def run_packed(self, x: Tensor, wanted: Collection[int], shapes: Shapes | None = None) -> list[Tensor]:
         outputs = []
         for i, block in zip(range(max(wanted) + 1), self.blocks):
             if self.grad_checkpointing and self.training:
@@ -374,7 +392,7 @@ class DinoVisionTransformer(nn.Module):
             else:
                 x = block(x, shapes)
             if i in wanted:
-                outputs.append(x if shapes is None else unpack(x, shapes))
+                outputs.append(x)
         return outputs
 
     def split_tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -392,19 +410,19 @@ class DinoVisionTransformer(nn.Module):
             "masks": masks,
         }
 
-    def forward_features(self, x: Tensor | Sequence, masks: Tensor | Sequence | None = None) -> dict | list[dict]:
-        """All that the model has to say about images (B, C, H, W); patches under masks (B, h * w; bool) are hidden.
+    def forward_features(self, x: Images, masks: Any = None) -> Any:
+        """All features of images (B, C, H, W), as a dict; patches under masks (B, h * w; bool) are hidden.
 
         x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
-        final norm; x_prenorm (B, N, D) has all of them before it; masks is the argument. A list of images of several
-        sizes, with a list of masks or None, goes through in one pass and gives a list.
+        final norm; x_prenorm (B, N, D) has all of them before it; masks is the argument. A list of images of different
+        sizes, with a list of masks or None, takes one pass and returns a list of dicts.
         """
         (tokens,) = self.run_blocks(self.prepare_tokens_with_masks(x, masks), wanted=[self.n_blocks - 1])
         if isinstance(tokens, list):
             return [self.name_features(*pair) for pair in zip(tokens, masks or [None] * len(tokens))]
         return self.name_features(tokens, masks)
 
-    def forward(self, x: Tensor | Sequence, masks: Tensor | Sequence | None = None, is_training: bool = False):
+    def forward(self, x: Images, masks: Any = None, is_training: bool = False) -> Any:
         """Images (B, C, H, W) -> normalised CLS token (B, D); or, if is_training, what `forward_features` returns.
 
         The CLS tokens of a list of images are concatenated.
@@ -416,7 +434,7 @@ class DinoVisionTransformer(nn.Module):
             return self.head(torch.cat([part["x_norm_clstoken"] for part in features]))
         return self.head(features["x_norm_clstoken"])
 
-    def embed(self, x: Tensor | Sequence) -> Tensor:
+    def embed(self, x: Images) -> Tensor:
         """What `forward` returns, (B, D). For a tensor, the last block is computed for the CLS token only."""
         if isinstance(x, (list, tuple)):
             return self.forward(x)
@@ -431,8 +449,8 @@ class DinoVisionTransformer(nn.Module):
     ) -> tuple:
         """Patch tokens of images (B, C, H, W) after each of the last n blocks, or after the blocks that n lists.
 
-        In block order, each (B, h * w, D), or (B, D, h, w) if reshape; after the final norm if norm; in a pair with the
-        CLS token (B, D) if return_class_token. Raises a ValueError for a block that there is not.
+        In block order, each (B, h * w, D), or (B, D, h, w) if reshape; after the final norm if norm; paired with the CLS
+        token (B, D) if return_class_token. Raises a ValueError for a block that does not exist.
         """
         blocks = range(self.n_blocks)
         wanted = blocks[-n:] if isinstance(n, int) else n
@@ -447,10 +465,10 @@ class DinoVisionTransformer(nn.Module):
         return tuple((patches, cls) if return_class_token else patches for cls, _, patches in outputs)
 
     def attention_maps(self, x: Tensor, layer: int | Sequence[int] = -1) -> Tensor | list[Tensor]:
-        """How CLS and each register look at the patches of images (B, C, H, W): (B, A, 1 + R, h, w), float32.
+        """Attention of CLS and of each register to the patches of images (B, C, H, W): (B, A, 1 + R, h, w), float32.
 
-        These are the rows of the attention matrix of a block (layer, counted from the end if negative; several give a
-        list), the softmax being over all tokens; nothing else of any such matrix is ever made.
+        layer is the index of a block, counted from the end if negative; several return a list. The softmax is over all
+        tokens. Only these rows of the attention matrix are computed.
         """
         layers = [layer] if isinstance(layer, int) else layer
         if not layers or not all(-self.n_blocks <= i < self.n_blocks for i in layers):
@@ -460,7 +478,7 @@ class DinoVisionTransformer(nn.Module):
         x, maps = self.prepare_tokens_with_masks(x), {}
         for i, block in zip(range(max(wanted) + 1), self.blocks):
             if i in wanted:
-                rows = block.attn.rows(block.norm1(x), queries=special)
+                rows = block.attn.rows(block.norm1(x), queries=special)  # type: ignore[operator, union-attr]
                 maps[i] = rows[..., special:].unflatten(-1, grid)
             if i < max(wanted):
                 x = block(x)
@@ -468,9 +486,9 @@ class DinoVisionTransformer(nn.Module):
 
     @torch.no_grad()
     def fix_image_size(self, H: int, W: int) -> None:
-        """Resize the position embedding to images of H x W pixels for good: then no forward of such images does.
+        """Resize the position embedding to images of H x W pixels permanently.
 
-        This is for export, which so sees no bicubic resize, and for many images of one size.
+        Exported graphs then contain no bicubic resize, and forward passes at this size do none.
         """
         self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(*self.to_grid(H, W)))
         self.config = dataclasses.replace(self.config, image_size=(H, W))
@@ -479,9 +497,9 @@ class DinoVisionTransformer(nn.Module):
 class LinearClassifier(nn.Module):
     """A linear layer on a backbone's features, as in the official `dinov2_*_lc`: (B, C, H, W) -> (B, num_classes).
 
-    It sees the CLS token after each of the last `layers` blocks (officially 1 or 4), and the mean of the patches, not of
-    the registers, after the last. A list of images of several sizes goes through in one pass and gives as many rows as
-    there are images. `labels` names the classes; None, if nobody did.
+    Its input is the CLS token after each of the last `layers` blocks (officially 1 or 4) and the mean patch token,
+    without registers, after the last. A list of images of different sizes takes one pass; the rows of all are
+    concatenated. `labels` are the class names, or None.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, num_classes: int, layers: int = 1):
@@ -499,8 +517,8 @@ class LinearClassifier(nn.Module):
     def config(self) -> Config:
         return self.backbone.config
 
-    def linear_input(self, x: Tensor | list[Tensor]) -> Tensor:
-        """What the linear layer sees of images: (B, C, H, W) -> (B, (layers + 1) * D)."""
+    def linear_input(self, x: Images) -> Tensor:
+        """The input of the linear layer for images: (B, C, H, W) -> (B, (layers + 1) * D)."""
         last = list(range(self.backbone.n_blocks))[-self.layers :]
         outputs = self.backbone.run_blocks(self.backbone.prepare_tokens_with_masks(x), last)
         if isinstance(x, (list, tuple)):
@@ -509,15 +527,15 @@ class LinearClassifier(nn.Module):
 
     def summarise(self, outputs: Sequence[Tensor]) -> Tensor:
         """Tokens (B, N, D) after each of the last blocks -> (B, (layers + 1) * D)."""
-        outputs = [self.backbone.split_tokens(self.backbone.norm(tokens)) for tokens in outputs]
-        return torch.cat([*(cls for cls, _, _ in outputs), outputs[-1][2].mean(dim=1)], dim=1)
+        split = [self.backbone.split_tokens(self.backbone.norm(tokens)) for tokens in outputs]
+        return torch.cat([*(cls for cls, _, _ in split), split[-1][2].mean(dim=1)], dim=1)
 
-    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+    def forward(self, x: Images) -> Tensor:
         return self.linear_head(self.linear_input(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preprocessing: from a file to the tensor that the model sees
+# Preprocessing: from a file to the input of the model
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -533,16 +551,16 @@ def preprocess(
     """An image, given as a path, the bytes of a file or a PIL image, as a normalised float32 tensor (3, H, W).
 
     Without keep_aspect this is the official evaluation transform, pixel for pixel: the short side is resized to
-    size * 8 / 7, and the central square of H = W = size pixels is cut out. With keep_aspect all of the image is kept:
-    H and W are the multiples of patch_size nearest to its own aspect ratio at an area of size * size pixels. With fast,
-    large JPEG files are shrunk as they are decoded, to no less than is needed, which costs a little exactness.
+    size * 8 / 7, then a central square of H = W = size pixels is cropped. With keep_aspect nothing is cropped: H and W
+    are multiples of patch_size, close to the image's aspect ratio and to an area of size * size pixels. With fast, large
+    JPEG files are decoded at reduced size, never below what is needed: faster, and slightly less exact.
 
-    Any mode that PIL knows will do, upright or turned by EXIF. Raises OSError or ValueError if it cannot be decoded.
+    All PIL modes are accepted; the EXIF orientation is applied. Raises OSError or ValueError if decoding fails.
     """
     short = size * 8 // 7
     try:
         if isinstance(image, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(image).st_mode):
-            raise ValueError("a pipe, not a file")  # to open it could block for ever
+            raise ValueError("a pipe, not a file")  # opening it could block forever
         if not isinstance(image, Image.Image):
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
             if fast:
@@ -573,7 +591,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # Deep greys do not say which value is white: it is the least of the usual ones that no pixel is above.
+        # Files of deep greys do not define white: take the smallest usual value that no pixel exceeds.
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = next((white for white in (1, 255) if grey.max() <= white), 65535)
         image = Image.fromarray((grey.clip(0, white) * (255 / white)).round().astype(np.uint8))
@@ -599,10 +617,10 @@ def load(
 
     A name is that of an official model, with or without "dinov2_" in front: a backbone ("vits14_reg", any of `CONFIGS`)
     or its ImageNet-1k classifier ("vits14_reg_lc"; layers, 1 or 4, is for these alone). Its files are downloaded into
-    torch.hub's cache if they are not there yet. A path is that of a file that `save` wrote, or of a .pth with the
-    official parameter names. Weights are mapped from the file; only another device or dtype (None: the file's) copies.
+    torch.hub's cache unless they are there. A path is a file that `save` wrote, or a .pth with the official parameter
+    names. Weights are memory-mapped; they are copied only to another device or dtype (None keeps the file's).
 
-    Raises OSError if a file is missing or cannot be downloaded, ValueError if it holds something else.
+    Raises OSError if a file is missing or cannot be downloaded, ValueError if its contents are no such model.
     """
     name = str(name_or_path).removeprefix("dinov2_")
     model = load_official(name, layers) if name.removesuffix("_lc") in CONFIGS else load_file(name_or_path)
@@ -629,9 +647,10 @@ def load_file(path: str | os.PathLike) -> DinoVisionTransformer | LinearClassifi
     tensors, metadata = read_tensors(path)
     try:
         fields, labels = (json.loads(metadata.get(key, "null")) for key in ("config", "labels"))
-        if fields is not None:
-            fields = Config(**{key: tuple(x) if isinstance(x, list) else x for key, x in dict(fields).items()})
-        return from_state_dict(tensors, fields, labels)
+        if fields is None:
+            return from_state_dict(tensors, labels=labels)
+        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in dict(fields).items()}
+        return from_state_dict(tensors, Config(**fields), labels)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -648,7 +667,7 @@ def download(url: str) -> Path:
             print(f"downloading {url}", file=sys.stderr)
             torch.hub.download_url_to_file(url, str(part))
             if not zipfile.is_zipfile(part):  # a checkpoint is a zip file, whose directory comes last
-                raise OSError("what came is not a whole checkpoint")
+                raise OSError("the response is not a complete checkpoint")
             os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
@@ -659,7 +678,7 @@ def download(url: str) -> Path:
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a .safetensors or .pth file holds, mapped and not read: a state dict, and metadata.
+    """The state dict and the metadata of a .safetensors or .pth file, memory-mapped.
 
     Raises FileNotFoundError, or ValueError if the file is no checkpoint.
     """
@@ -679,7 +698,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def add_head(backbone: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `LinearClassifier` from those of its two halves, which are files of their own officially."""
+    """The state dict of a `LinearClassifier` from those of its backbone and its head, which are two official files."""
     halves = {"backbone": backbone, "linear_head": head}
     return {f"{half}.{key}": tensor for half, tensors in halves.items() for key, tensor in tensors.items()}
 
@@ -687,9 +706,9 @@ def add_head(backbone: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, 
 def from_state_dict(
     tensors: dict[str, Tensor], config: Config | None = None, labels: list[str] | None = None
 ) -> DinoVisionTransformer | LinearClassifier:
-    """The model, in eval mode, of a state dict with the official names; its parameters are these very tensors.
+    """A model in eval mode from a state dict with the official names. Its parameters are these tensors, not copies.
 
-    Without a config, the shapes of the tensors give it. A classifier of 1,000 classes without labels is ImageNet's.
+    Without a config, it is inferred from the shapes. A classifier of 1,000 classes without labels gets ImageNet's.
     Raises a ValueError that names the config field that the shapes contradict, or the first tensor that is missing,
     unknown, or of a wrong shape or dtype.
     """
@@ -697,6 +716,7 @@ def from_state_dict(
     for field, told in dataclasses.asdict(inferred).items():  # before anything of that size is allocated
         if config is not None and getattr(config, field) != told:
             raise ValueError(f"config: {field} is {getattr(config, field)}, but the tensors' shapes say {told}")
+    model: DinoVisionTransformer | LinearClassifier
     with _SkipInit():
         model = DinoVisionTransformer(inferred)
         if "linear_head.weight" in tensors:
@@ -715,7 +735,7 @@ def from_state_dict(
 
 
 def check_labels(labels: object, num_classes: int) -> list[str] | None:
-    """The labels if there are none, or if they are a list of num_classes strings; else a ValueError."""
+    """The labels, or None if there are none. Raises a ValueError unless they are a list of num_classes strings."""
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
         raise ValueError(f"labels must be a list of strings, got {labels!s:.60}")
     if labels and len(labels) != num_classes:
@@ -724,7 +744,7 @@ def check_labels(labels: object, num_classes: int) -> list[str] | None:
 
 
 class _SkipInit(torch.overrides.TorchFunctionMode):
-    """Makes no random numbers for new parameters: they stay as `torch.empty` gives them, about to be replaced."""
+    """Skips the random initialisation of parameters that are replaced right after."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
@@ -733,10 +753,10 @@ class _SkipInit(torch.overrides.TorchFunctionMode):
 
 
 def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_heads: int | None = None) -> Config:
-    """The config of a backbone's official state dict. Raises a ValueError if it is none.
+    """The config of a backbone from its state dict with the official names. Raises a ValueError for other names.
 
-    The shapes give what they can, and config the rest. Without one, models of the official widths have the official
-    number of heads; for others num_heads is needed.
+    What the shapes do not tell is taken from config. Without one, models of an official width get the official number of
+    heads; other widths need num_heads.
     """
     try:
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
@@ -753,7 +773,14 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
         if num_heads is None:
             raise ValueError(f"width {D} does not tell the number of heads: give it to convert_weights.py as --num-heads")
         config = Config(D, num_heads=num_heads, **({} if R else _NO_REGISTERS))
-    shape = {"embed_dim": D, "depth": depth, "ffn": ffn, "patch_size": P, "in_chans": C, "num_register_tokens": R}
+    shape: dict[str, Any] = {
+        "embed_dim": D,
+        "depth": depth,
+        "ffn": ffn,
+        "patch_size": P,
+        "in_chans": C,
+        "num_register_tokens": R,
+    }
     config = dataclasses.replace(config, **shape)
     if math.prod(config.grid) != num_patches:  # of a grid that is no square, only the config knows the sides
         config = dataclasses.replace(config, image_size=math.isqrt(max(num_patches, 0)) * P)
@@ -785,7 +812,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata:
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path that replaces `path` if nothing is raised. What a killed process left, the next one removes."""
+    """A temporary path that replaces `path` unless an exception is raised. Leftovers of a killed process are removed."""
     folder = Path(f"{path}.part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -820,7 +847,7 @@ def classify(
     fast: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Tensor | Exception]:
-    """For each image file in turn: its class probabilities (num_classes,), float32; or why it could not be read."""
+    """For each image file, in order: its class probabilities (num_classes,), float32, or the exception of reading it."""
 
     def read(path: str | os.PathLike) -> Tensor | Exception:
         try:
@@ -833,10 +860,10 @@ def classify(
     device = model.linear_head.weight.device
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor() as pool:
-        ahead = []
+        ahead: Iterable[Tensor | Exception] = ()
         for following in [*batches, ()]:
             images = list(ahead)
-            ahead = pool.map(read, following)  # is read while these are computed
+            ahead = pool.map(read, following)  # read while this batch is computed
             tensors = [image[None].to(device) for image in images if isinstance(image, Tensor)]
             if tensors:
                 logits = model(tensors if keep_aspect else torch.cat(tensors))
@@ -846,7 +873,7 @@ def classify(
 
 
 def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int) -> dict:
-    """What is said of one image: its most probable classes, or why it could not be read."""
+    """The record of one image that --json prints: its most probable classes, or the error."""
     if isinstance(result, Exception):
         return {"image": str(path), "error": getattr(result, "strerror", None) or str(result) or repr(result)}
     probabilities, indices = (x.tolist() for x in result.topk(min(top, len(result))))
@@ -854,23 +881,36 @@ def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int)
     return {"image": str(path), "predictions": predictions}
 
 
+def print_record(record: dict, width: int) -> None:
+    """Print a record as text, with the names of images in a column of this width; errors go to standard error."""
+    name = printable(record["image"])
+    if "error" in record:
+        print(f"dinoreg: {name}: {printable(record['error'])}", file=sys.stderr, flush=True)
+    for prediction in record.get("predictions", ()):
+        print(f"{name:{width}}  {prediction['probability']:6.1%}  {printable(prediction['label'])}", flush=True)
+        name = ""
+
+
 def printable(text: str) -> str:
-    """Text that stays on its line of the standard output: what it cannot show is escaped."""
+    """Text on one line, with characters escaped that standard output cannot show."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def run(args: argparse.Namespace) -> int:
-    warnings.filterwarnings("ignore", module="PIL")  # its messages do not name the file
+    warnings.filterwarnings("ignore", module="PIL")  # these messages do not name the file
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # glibc shall keep what is freed: else each layer's memory is returned, and then faulted in again
-        mallopt(-4, 0)  # M_MMAP_MAX; M_MMAP_THRESHOLD would do, but old releases refuse large values
+    if mallopt:  # keep freed memory: by default glibc returns that of each layer, which then page-faults again
+        mallopt(-4, 0)  # M_MMAP_MAX; old releases refuse large values of M_MMAP_THRESHOLD
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
     source = args.weights or args.model
-    model = load(source, args.layers, args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype or "float32")
+    if args.fast and not args.dtype:
+        dtype = best_dtype(args.device)
+    model = load(source, args.layers, args.device, dtype)
     if not isinstance(model, LinearClassifier):
         raise ValueError(f"{source} has no classifier; official models with one have names that end in _lc")
     size = args.size or model.backbone.config.crop_size
@@ -883,18 +923,14 @@ def run(args: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and len(paths) > args.batch_size
     failed = 0
     for done, result in enumerate(classify(model, paths, size, args.keep_aspect, args.fast, args.batch_size)):
-        said = describe(paths[done], result, labels, args.top)
-        failed += "error" in said
+        record = describe(paths[done], result, labels, args.top)
+        failed += "error" in record
         if progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         if args.json:
-            print(json.dumps(said), flush=True)
-        elif "error" in said:
-            print(f"dinoreg: {printable(said['image'])}: {printable(said['error'])}", file=sys.stderr, flush=True)
+            print(json.dumps(record), flush=True)
         else:
-            for i, prediction in enumerate(said["predictions"]):
-                name, label = "" if i else printable(said["image"]), printable(prediction["label"])
-                print(f"{name:{width}}  {prediction['probability']:6.1%}  {label}", flush=True)
+            print_record(record, width)
         if progress and done + 1 < len(paths):
             print(f"{done + 1}/{len(paths)}", end="", file=sys.stderr, flush=True)
     return 1 if failed else 0
@@ -905,8 +941,23 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def best_dtype(device: str | torch.device) -> torch.dtype:
+    """bfloat16 if a short measurement on this device multiplies matrices faster in it than in float32, else float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = (torch.ones(side, 768, device=device, dtype=dtype) for side in (512, 768))
+        times = []
+        for _ in range(4):  # the first one also initialises the device
+            start = time.perf_counter()
+            F.linear(x, weight)[0, 0].item()  # waits for the result
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return min((torch.float32, torch.bfloat16), key=seconds)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Classify images: 0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    """Classify images. Returns 0; 1 if some images could not be read; 2 if the run could not start."""
 
     def positive(text: str) -> int:
         if int(text) < 1:
@@ -915,27 +966,27 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="dinoreg",
-        description="Say what is in images, with DINOv2 with registers.",
+        description="Classify images with DINOv2 with registers.",
         epilog="example: python -m dinoreg photo.jpg holidays/ --model vitb14_reg_lc --top 3",
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     add("--model", default="vits14_reg_lc", help="an official classifier (default: %(default)s)")
-    add("--weights", metavar="FILE", help="the file of another classifier, instead")
-    add("--layers", type=int, choices=(1, 4), default=4, help="how many layers the official one uses (default: 4)")
-    add("--top", type=positive, default=5, metavar="K", help="how many classes to name (default: 5)")
-    add("--size", type=positive, metavar="PIXELS", help="side of the square that it sees (default: the model's)")
-    add("--keep-aspect", action="store_true", help="see the whole image, of as many pixels, and not its central square")
-    add("--fast", action="store_true", help="let large JPEG files be shrunk as they are decoded: quicker, not as exact")
+    add("--weights", metavar="FILE", help="a file of another classifier, in place of --model")
+    add("--layers", type=int, choices=(1, 4), default=4, help="layers that the official classifier uses (default: 4)")
+    add("--top", type=positive, default=5, metavar="K", help="number of classes to print (default: 5)")
+    add("--size", type=positive, metavar="PIXELS", help="side of the central crop (default: the model's)")
+    add("--keep-aspect", action="store_true", help="use the whole image, resized to as many pixels, without cropping")
+    add("--fast", action="store_true", help="reduced-size JPEG decoding, and bfloat16 if it is faster on this device")
     device = best_device()
     add("--device", default=device, help="cpu, cuda, cuda:1, mps, ... (default: the best available, here %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
-    add("--batch-size", type=positive, default=8, metavar="B", help="images computed at once (default: 8)")
-    add("--json", action="store_true", help="print a JSON object for each image, one a line")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: float32, or as --fast chooses)")
+    add("--batch-size", type=positive, default=8, metavar="B", help="images in a forward pass (default: 8)")
+    add("--json", action="store_true", help="print one JSON object per line, for each image")
     args = parser.parse_args(argv)
     try:
         return run(args)
-    except BrokenPipeError:  # as in `dinoreg ... | head`: who reads has enough
+    except BrokenPipeError:  # as in `dinoreg ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -1015,6 +1015,39 @@ def test_lists_of_images(lists):
             model.forward_features(bad, masks)
 
 
+def test_images_with_as_many_tokens_share_an_attention_call(monkeypatch):
+    model = randomised(TINY)
+    images = [torch.randn(1, 3, H, W) for H, W in ((20, 20), (8, 12), (12, 8), (20, 20), (4, 24))]
+    calls, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: calls.append(q.shape[0]) or attention(q, k, v))
+    together = model(images)
+    assert calls == [3, 2] * TINY.depth  # 6 patches and 25 patches
+    assert scaled_error(together.detach(), torch.cat([model(image) for image in images]).detach()) < 1e-5
+
+
+@pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
+def test_the_best_dtype_is_the_one_of_faster_products(faster, monkeypatch):
+    now, linear = [0.0], F.linear
+
+    def timed(x, weight):
+        now[0] += 1.0 if x.dtype == faster else 2.0
+        return linear(x, weight)
+
+    monkeypatch.setattr(dinoreg.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(F, "linear", timed)
+    assert dinoreg.best_dtype("cpu") == faster
+
+
+def test_fast_takes_the_best_dtype_and_dtype_overrides_it(folder, monkeypatch, capsys):
+    loaded, load = [], dinoreg.load
+    monkeypatch.setattr(dinoreg, "best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(dinoreg, "load", lambda *args: loaded.append(args[-1]) or load(*args))
+    image, weights = str(next(folder.glob("*.png"))), ["--weights", str(folder / "model.safetensors")]
+    for options in ([], ["--fast"], ["--fast", "--dtype", "float32"]):
+        assert dinoreg.main([image, *weights, *options]) == 0
+    assert loaded == [torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_calls_that_are_nearly_right():
     model, x = randomised(TINY), torch.randn(2, 3, 20, 20)
     mask = torch.zeros(2, 25, dtype=torch.bool)
@@ -1316,7 +1349,7 @@ def test_a_name_that_the_server_does_not_have(hub):
 
 def test_a_download_that_is_cut_off(hub):
     hub.cut_off = True
-    with pytest.raises(OSError, match="not a whole checkpoint"):
+    with pytest.raises(OSError, match="not a complete checkpoint"):
         dinoreg.load("vits14_reg")
     assert not os.listdir(hub.cache)
     hub.cut_off = False
@@ -1325,7 +1358,7 @@ def test_a_download_that_is_cut_off(hub):
 
 def test_a_download_of_something_else(hub):
     hub.files[HUB_BACKBONE] = b"<html>please log in</html>"
-    with pytest.raises(OSError, match="not a whole checkpoint"):
+    with pytest.raises(OSError, match="not a complete checkpoint"):
         dinoreg.load("vits14_reg")
     assert not os.listdir(hub.cache)
 
