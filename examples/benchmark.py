@@ -326,18 +326,21 @@ def folder(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def fast(args: argparse.Namespace) -> None:
-    print(
-        "What `--fast` costs: the cosine of the CLS tokens of ViT-S/14 for a photo decoded at reduced scale and in full.\n"
-    )
+    print("What `--fast` costs: cosines between CLS tokens of ViT-S/14 for a photo decoded in full and at reduced size, and")
+    print(f"for the model in float32 and in bfloat16. best_dtype({DEVICE!r}) is {dinoreg.best_dtype(DEVICE)} here.\n")
     model, rows = dinoreg.load("vits14"), []
+    half = dinoreg.load("vits14", dtype=torch.bfloat16)
     for photo, size in itertools.product(PHOTOS, (98, 140, 224)):
-        full, reduced = (model.embed(dinoreg.preprocess(photo, size, fast=flag)[None]) for flag in (False, True))
+        images = [dinoreg.preprocess(photo, size, fast=flag)[None] for flag in (False, True)]
+        full, reduced = (model.embed(image) for image in images)
+        rounded = half.embed(images[0]).float()
         with Image.open(photo) as image:
             pixels = f"{image.width} x {image.height}"
             image.draft("RGB", (size * 8 // 7,) * 2)
             decoded = f"{image.width} x {image.height}"
-        rows.append([photo.name, pixels, decoded, size, f"{torch.cosine_similarity(full, reduced).item():.4f}"])
-    table(["photo", "pixels", "decoded at", "seen at", "cosine"], rows)
+        cosines = (f"{torch.cosine_similarity(full, other).item():.5f}" for other in (reduced, rounded))
+        rows.append([photo.name, pixels, decoded, size, *cosines])
+    table(["photo", "pixels", "decoded at", "seen at", "cosine, reduced size", "cosine, bfloat16"], rows)
 
 
 GROWTH = """
