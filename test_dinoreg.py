@@ -1877,8 +1877,9 @@ def test_benchmark_of_the_start(torch_home_with_hub):
 def test_benchmark_of_fast_decoding(tmp_path):
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth").symlink_to(REAL_WEIGHTS)
-    for _, pixels, decoded, _, cosine in run_benchmark("fast", TORCH_HOME=str(tmp_path))[2:]:
-        assert 0.999 < float(cosine) <= 1 and (decoded != pixels or float(cosine) == 1)
+    for _, pixels, decoded, _, reduced, bfloat16 in run_benchmark("fast", TORCH_HOME=str(tmp_path))[2:]:
+        assert 0.999 < float(reduced) <= 1 and (decoded != pixels or float(reduced) == 1)
+        assert 0.999 < float(bfloat16) < 1
 
 
 @pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
