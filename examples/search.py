@@ -77,10 +77,8 @@ def draw(path: Path, images: list[Path], captions: list[str]) -> None:
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(2.1 * columns, 2.45 * rows), dpi=150, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    mean, std = torch.tensor([dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD])[:, :, None, None]
     for axis, image, caption in zip(axes, images, captions):
-        pixels = dinoreg.preprocess(image, THUMBNAIL) * std + mean  # (3, H, W), 0 to 1
-        axis.imshow(pixels.clamp(0, 1).permute(1, 2, 0).numpy())
+        axis.imshow(common.to_pixels(dinoreg.preprocess(image, THUMBNAIL)).numpy())
         axis.set_xlabel(caption, fontsize=9, color="0.2", parse_math=False)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(image is images[0])

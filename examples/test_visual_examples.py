@@ -28,6 +28,7 @@ TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, c
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
 
 sys.path.insert(0, str(EXAMPLES))
+import common  # noqa: E402
 import find_objects  # noqa: E402
 import visualize  # noqa: E402
 
@@ -67,17 +68,17 @@ def test_principal_components_are_those_of_the_covariance():
     torch.manual_seed(0)
     x = torch.randn(200, 6, dtype=torch.float64) * torch.tensor([1, 9, 2, 5, 3, 0.1]) + 7
     variances, axes = np.linalg.eigh(np.cov(x.numpy().T))
-    components = visualize.principal_components(x)
+    components = common.principal_components(x)
     assert np.allclose(np.cov(components.numpy().T), np.diag(variances[:2:-1]))
     assert np.allclose(abs(components), abs((x - x.mean(0)).numpy() @ axes[:, :2:-1]))
     # An axis keeps its direction whatever the order and the sign of the points.
-    assert torch.allclose(visualize.principal_components(-x), -components)
-    assert torch.allclose(visualize.principal_components(x.flip(0)), components.flip(0))
+    assert torch.allclose(common.principal_components(-x), -components)
+    assert torch.allclose(common.principal_components(x.flip(0)), components.flip(0))
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_principal_components_of_few_points(count):
-    components = visualize.principal_components(torch.eye(count, 6))
+    components = common.principal_components(torch.eye(count, 6))
     assert components.shape == (count, 3)
     assert torch.allclose(components.norm(dim=1), torch.tensor([0.0, 0.5**0.5])[count - 1])
 
@@ -90,18 +91,18 @@ def test_foreground_is_the_side_away_from_the_border_and_the_rest_is_black(swap)
     inside[2:5, 3:7] = True
     one, other = torch.randn(2, 16) * (-1 if swap else 1)
     patches = torch.where(inside.flatten()[:, None], one, other) + 0.1 * torch.randn(h * w, 16)
-    foreground = visualize.find_foreground(patches, h, w)
+    foreground = common.find_foreground(patches, h, w)
     assert torch.equal(foreground, inside)
-    colours = visualize.colour(patches, foreground)
+    colours = common.colour(patches, foreground)
     assert (colours[~inside] == 0).all()
     assert (colours[inside].amin(dim=0) == 0).all() and (colours[inside].amax(dim=0) == 1).all()
 
 
 def test_colours_of_degenerate_images():
     same = torch.ones(6, 16)
-    assert not visualize.colour(same, visualize.find_foreground(same, 2, 3)).any()
-    assert visualize.find_foreground(torch.ones(1, 16), 1, 1).shape == (1, 1)
-    assert torch.isfinite(visualize.colour(same, torch.ones(2, 3, dtype=torch.bool))).all()
+    assert not common.colour(same, common.find_foreground(same, 2, 3)).any()
+    assert common.find_foreground(torch.ones(1, 16), 1, 1).shape == (1, 1)
+    assert torch.isfinite(common.colour(same, torch.ones(2, 3, dtype=torch.bool))).all()
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN])
@@ -182,7 +183,7 @@ def test_real_weights_see_the_cup():
     foreground = maps["principal components"].any(dim=2)  # (20, 29)
     assert foreground[5:18, 8:20].float().mean() > 0.95
     assert foreground[:, :3].float().mean() < 0.05 and foreground[:, -5:].float().mean() < 0.05
-    assert maps["norm"].max() < visualize.OUTLIER * maps["norm"].median()  # so small a model has no outliers
+    assert maps["norm"].max() < common.OUTLIER * maps["norm"].median()  # so small a model has no outliers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,48 +18,19 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 import common
 import dinoreg
-
-OUTLIER = 3  # medians: outliers have about 10 times the norm of other tokens; on a scale of factors this is half way
-
-
-def principal_components(x: Tensor) -> Tensor:
-    """The first three principal components of M points: (M, D) -> (M, 3); zeros in place of those that are missing."""
-    x = x - x.mean(dim=0)
-    axes = torch.linalg.svd(x, full_matrices=False).Vh[:3]  # (3, D)
-    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # either way along an axis is right: always take the same
-    return F.pad(x @ axes.T, (0, 3 - len(axes)))
-
-
-def find_foreground(patches: Tensor, h: int, w: int) -> Tensor:
-    """Patch features (h * w, D) -> (h, w), bool: the side of the first component that has less of the border."""
-    foreground = principal_components(patches)[:, 0].unflatten(0, (h, w)) > 0
-    border = torch.ones(h, w, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    return ~foreground if foreground[border].float().mean() > 0.5 else foreground
-
-
-def colour(patches: Tensor, foreground: Tensor) -> Tensor:
-    """Patch features (h * w, D) as colours (h, w, 3) in [0, 1]: black, but for the foreground (h, w)."""
-    colours = torch.zeros(*foreground.shape, 3)
-    if foreground.any():
-        components = principal_components(patches[foreground.flatten()])
-        low, high = components.quantile(torch.tensor([0.02, 0.98]), dim=0)  # a few extremes shall not dull all others
-        colours[foreground] = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    return colours
+from common import OUTLIER, colour, find_foreground
 
 
 @torch.inference_mode()
 def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
     """What is shown of an image (3, H, W), by title: maps (h, w), or (h, w, 3) if they are in colour."""
     h, w = (side // model.patch_size for side in x.shape[1:])
-    mean, std = torch.tensor([dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD])
     batch = x[None].to(model.pos_embed.device)
     features = model.forward_features(batch)
     patches = features["x_norm_patchtokens"][0].cpu()
@@ -67,7 +38,7 @@ def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
     attention = model.attention_maps(batch)[0].mean(dim=0).cpu()  # (1 + R, h, w)
     names = ["CLS", *(f"register {i + 1}" for i in range(model.num_register_tokens))]
     return {
-        "image": (x.permute(1, 2, 0) * std + mean).clamp(0, 1),
+        "image": common.to_pixels(x),
         "principal components": colour(patches, find_foreground(patches, h, w)),
         "norm": tokens.norm(dim=1).unflatten(0, (h, w)),
         **{f"attention of {name}": attention[i] for i, name in enumerate(names)},
