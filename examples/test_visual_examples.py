@@ -28,9 +28,10 @@ TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, c
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
 
 sys.path.insert(0, str(EXAMPLES))
-import common  # noqa: E402
 import find_objects  # noqa: E402
 import visualize  # noqa: E402
+
+import common  # noqa: E402
 
 
 def random_model(config: Config) -> DinoVisionTransformer:
