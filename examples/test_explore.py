@@ -1,4 +1,10 @@
-"""Tests of examples/explore.py in a headless Chromium: `python -m pytest examples/test_explore.py`."""
+"""Tests of examples/explore.py in a headless Chromium.
+
+    pip install -e ".[browser,examples,test]"
+    python -m pytest examples/test_explore.py
+
+Those of the page are skipped without Debian's chromium and chromium-driver.
+"""
 
 import os
 import shutil
