@@ -1,4 +1,4 @@
-"""Convert weights of DINOv2, with or without registers, between all the forms in which they are published.
+"""Convert weights of DINOv2, with or without registers, between all published formats.
 
     python convert_weights.py vits14_reg_lc -o classifier.safetensors                  # an official model, by name
     python convert_weights.py backbone.pth --head head.pth -o classifier.safetensors   # official files
@@ -6,8 +6,8 @@
     python convert_weights.py classifier.safetensors --to hf -o folder
 
 It reads official files, Hugging Face repositories and folders (of any age, in one file or in shards), timm files,
-checkpoints of Meta's training code, and what dinoreg saved. Which of them it has before it, it sees from the names of the
-tensors. It writes all but training checkpoints. Official names are the pivot between them.
+checkpoints of Meta's training code, and dinoreg's own files. The names of the tensors tell which format a file has. All but
+training checkpoints can be written. Every conversion goes through the official names.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from torch import Tensor
 import dinoreg
 from dinoreg import Config, DinoVisionTransformer, LinearClassifier
 
-# What each dialect calls the same parameters. "#" is the block: "blocks.0", or "encoder.layer.0" in Hugging Face's. Braces
-# hold the names of the parts that one official tensor is joined from. "hf" is what the files of the hub have, and what
-# transformers writes of any version; inside, version 5 has other names, which the last column has where they differ.
+# The names of the same parameters in each dialect. "#" is the block: "blocks.0", or "encoder.layer.0" in Hugging Face's.
+# Braces list the parts that are concatenated into one official tensor. "hf" are the names in files on the hub, which all
+# versions of transformers write; the last column has the names that version 5 uses in memory, where they differ.
 TABLE = """
 official          timm              hf                                       hf5
 cls_token         cls_token         embeddings.cls_token
@@ -53,7 +53,7 @@ BLOCKS = {"official": "blocks.", "timm": "blocks.", "hf": "encoder.layer.", "hf5
 
 
 def rename(tensors: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """The tensors of a backbone under their names in another dialect, joined or split as it has them.
+    """The tensors of a backbone with the names of another dialect, concatenated or split as it requires.
 
     Raises a ValueError for a name that the source dialect does not know, and for a missing part of a joined tensor.
     """
@@ -87,20 +87,20 @@ def expand(name: str) -> list[str]:
 
 
 def is_packed_swiglu(tensors: dict[str, Tensor]) -> bool:
-    """Whether what timm calls fc1 and fc2 are the matrices of a SwiGLU: the first then gives two halves."""
+    """Whether timm's fc1 and fc2 are the matrices of a SwiGLU: fc1 then returns both branches."""
     first, second = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     return first is not None and second is not None and len(first) == 2 * second.shape[1]
 
 
 def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Remove the tensors whose names begin with a prefix, and return them without it."""
+    """Remove the tensors whose names begin with a prefix; return them, without the prefix."""
     return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
 def to_official(checkpoint: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
-    """A checkpoint of any dialect as a backbone and a head (or {}), both with official names; and what it was.
+    """A checkpoint of any dialect as (backbone, head or {}, dialect), with official names.
 
-    Raises a ValueError that names the tensor if there is one that this dialect does not have.
+    Raises a ValueError that names a tensor unknown to the dialect.
     """
     for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(checkpoint.get(key), dict):
@@ -119,7 +119,7 @@ def to_official(checkpoint: dict) -> tuple[dict[str, Tensor], dict[str, Tensor],
         zeros = torch.zeros_like(tensors["cls_token"])
         if "register_tokens" in tensors:  # then timm has added the CLS token's position to it already
             tensors["pos_embed"] = torch.cat([zeros, tensors["pos_embed"]], dim=1)
-        if head:  # it sees the CLS token alone, and so nothing of the mean patch
+        if head:  # its input is the CLS token only: the weights for the mean patch token are 0
             head["weight"] = torch.cat([head["weight"], torch.zeros_like(head["weight"])], dim=1)
         return tensors | {"mask_token": zeros[0]}, head, "timm"
 
@@ -128,7 +128,7 @@ def to_official(checkpoint: dict) -> tuple[dict[str, Tensor], dict[str, Tensor],
     if backbone and tensors:
         modules = sorted({key.split(".")[0] for key in tensors})
         print(f"left out, beside the backbone: {', '.join(modules)}", file=sys.stderr)
-    # Blocks of a training checkpoint lie in chunks: blocks.<chunk>.<index>.
+    # Training checkpoints keep blocks in chunks: blocks.<chunk>.<index>, where the index is global.
     backbone = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): x for key, x in (backbone or tensors).items()}
     return rename(backbone, "official", "official"), head, "official"
 
@@ -146,13 +146,13 @@ def from_official(model: DinoVisionTransformer | LinearClassifier, dialect: str)
             cls_position, tensors["pos_embed"] = tensors["pos_embed"].split([1, tensors["pos_embed"].shape[1] - 1], dim=1)
             tensors["cls_token"] = tensors["cls_token"] + cls_position
         if head and (head["weight"].shape[1] != 2 * D or head["weight"][:, D:].any()):
-            raise ValueError("timm's classifiers see the CLS token alone, this one sees more; its backbone can be written")
+            raise ValueError("timm's classifiers use the CLS token only, this one more; write its backbone instead")
         if head:
             head["weight"] = head["weight"][:, :D]
         return rename(tensors, "official", "timm") | {f"head.{key}": tensor for key, tensor in head.items()}
 
     if head and head["weight"].shape[1] != 2 * D:
-        raise ValueError("Hugging Face's classifiers see one layer, this one sees more (official ones: --layers 1)")
+        raise ValueError("Hugging Face's classifiers use one layer, this one more (official models: --layers 1)")
     tensors = rename(tensors, "official", dialect)
     if head:
         tensors = {f"{hf_type(model.config)}.{key}": tensor for key, tensor in tensors.items()}
@@ -168,7 +168,7 @@ def hf_type(config: Config) -> str:
 
 
 def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
-    """What Hugging Face's config.json says of a model."""
+    """The contents of Hugging Face's config.json for a model."""
     config = model.config
     stem = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
     described = {
@@ -199,7 +199,7 @@ def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
 
 
 def hf_preprocessor(config: Config) -> dict:
-    """What Hugging Face's preprocessor_config.json says: the official evaluation transform."""
+    """The contents of Hugging Face's preprocessor_config.json: the official evaluation transform."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -217,7 +217,7 @@ def hf_preprocessor(config: Config) -> dict:
 
 
 def hf_folder(repo_id: str) -> Path:
-    """The folder of a repository of the Hugging Face hub, downloaded into its own cache."""
+    """The local folder of a repository on the Hugging Face hub, downloaded into the hub's own cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -239,10 +239,10 @@ def hf_folder(repo_id: str) -> Path:
 def read(
     source: str, head: str | None = None, layers: int = 4, num_heads: int | None = None
 ) -> tuple[DinoVisionTransformer | LinearClassifier, str]:
-    """The model of an official name, a file, a folder or a Hugging Face repository; and the dialect it was found in.
+    """The model of an official name, a file, a folder or a Hugging Face repository, and its dialect.
 
-    head is the file of an official linear head for a backbone. num_heads is needed for models of other widths than the
-    official ones, unless a config.json has it. Raises OSError or ValueError with what is wrong.
+    head is an official linear head for a backbone, as a file. num_heads is needed for widths that are not official, unless
+    config.json has it. Raises OSError or ValueError with the reason.
     """
     if source.removeprefix("dinov2_").removesuffix("_lc") in dinoreg.CONFIGS:
         return dinoreg.load(source, layers, dtype=None), "official"

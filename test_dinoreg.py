@@ -775,7 +775,7 @@ def test_a_classifier_goes_to_hugging_face_and_back(tmp_path):
     back = converted(tmp_path / "hf")
     assert_same(back, model)
     assert back.labels == model.labels and back.backbone.config == model.backbone.config
-    for dialect, message in [("hf", "see one layer"), ("timm", "see the CLS token alone")]:
+    for dialect, message in [("hf", "use one layer"), ("timm", "use the CLS token only")]:
         with pytest.raises(ValueError, match=message):
             convert_weights.write(tiny_classifier(), tmp_path / "other", dialect)
     assert os.listdir(tmp_path) == ["hf"]
@@ -1782,7 +1782,7 @@ def test_training_digits_runs(tmp_path):
     command = [sys.executable, script, "--epochs", "1", "--output", output, "--images", tmp_path / "images"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "held-out digits are right" in result.stdout
+    assert "accuracy on 1,000 held-out digits" in result.stdout
     assert len(dinoreg.load(output).labels) == len(os.listdir(tmp_path / "images")) == 10
 
 

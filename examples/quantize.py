@@ -1,4 +1,4 @@
-"""Compare a model with its int8 form on the CPU: how fast, and how near.
+"""Compare a model with its int8 form on the CPU: speed, and cosine to the float32 features.
 
     pip install -e ".[examples]"
     python examples/quantize.py examples/images/*.jpg --model vits14_reg

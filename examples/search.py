@@ -1,11 +1,11 @@
-"""Find the images of a folder that are most like a given one.
+"""Find the images in a folder that are most similar to a given one.
 
     pip install -e ".[examples]"
     python examples/search.py FOLDER --query photo.jpg
 
 The index is one safetensors file in the folder: the normalised CLS token of each image, as in the retrieval experiments
-of the DINOv2 paper (section 7.3). Only images that are new or changed since the last run go through the model, and the
-index forgets those that are gone. The nearest are those with the greatest cosine; an image is never its own neighbour.
+of the DINOv2 paper (section 7.3). Only images that are new or changed since the last run are embedded; deleted images leave
+the index. Neighbours are ranked by cosine similarity; an image is never its own neighbour.
 """
 
 import argparse
@@ -154,10 +154,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("folder", type=Path, help="its images, also those in folders in it, are indexed")
-    add("--query", type=Path, metavar="IMAGE", help="find what is most like it")
+    add("--query", type=Path, metavar="IMAGE", help="find the images most similar to it")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
     add("--index", type=Path, metavar="FILE", help="default: FOLDER/.dinoreg-index.safetensors")
-    add("--top", type=int, default=8, metavar="K", help="how many to find (default: %(default)s)")
+    add("--top", type=int, default=8, metavar="K", help="number of neighbours (default: %(default)s)")
     add("--output", type=Path, default=Path("nearest.png"), help="their pictures (default: %(default)s)")
     common.add_device(parser)
     args = parser.parse_args()

