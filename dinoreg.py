@@ -557,6 +557,13 @@ def preprocess(
 
     All PIL modes are accepted; the EXIF orientation is applied. Raises OSError or ValueError if decoding fails.
     """
+    return normalize(read_pixels(image, size, keep_aspect, patch_size, fast))
+
+
+def read_pixels(
+    image: str | os.PathLike | bytes | Image.Image, size: int, keep_aspect: bool, patch_size: int, fast: bool
+) -> Tensor:
+    """The resized and cropped pixels that `preprocess` normalises: (3, H, W), uint8."""
     short = size * 8 // 7
     try:
         if isinstance(image, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(image).st_mode):
@@ -581,9 +588,14 @@ def preprocess(
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W), uint8
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
-    return pixels.float().div(255).sub(mean).div(std)
+    # Transposed by NumPy: in a worker thread, PyTorch would start a team of OpenMP threads beside the model's.
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """Pixels (..., 3, H, W), uint8 -> float32, by ImageNet's mean and standard deviation of each channel."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device)[..., None, None]
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -853,7 +865,7 @@ def classify(
         try:
             if os.path.isdir(path):
                 raise ValueError("no images in this folder")
-            return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast)
+            return read_pixels(path, size, keep_aspect, model.backbone.patch_size, fast)
         except (OSError, ValueError) as error:
             return error
 
@@ -864,9 +876,11 @@ def classify(
         for following in [*batches, ()]:
             images = list(ahead)
             ahead = pool.map(read, following)  # read while this batch is computed
-            tensors = [image[None].to(device) for image in images if isinstance(image, Tensor)]
-            if tensors:
-                logits = model(tensors if keep_aspect else torch.cat(tensors))
+            pixels = [image for image in images if isinstance(image, Tensor)]
+            if pixels:
+                parts = [x[None] for x in pixels] if keep_aspect else [torch.stack(pixels)]
+                parts = [normalize(part.to(device)) for part in parts]
+                logits = model(parts if keep_aspect else parts[0])
                 probabilities = iter(logits.float().softmax(dim=-1).cpu())
             for image in images:
                 yield next(probabilities) if isinstance(image, Tensor) else image
