@@ -1038,6 +1038,18 @@ def test_the_best_dtype_is_the_one_of_faster_products(faster, monkeypatch):
     assert dinoreg.best_dtype("cpu") == faster
 
 
+def test_the_best_dtype_is_float32_where_there_is_no_bfloat16(monkeypatch):
+    ones = torch.ones
+
+    def ones_without_bfloat16(*size, dtype, device):
+        if dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported on MPS")
+        return ones(*size, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "ones", ones_without_bfloat16)
+    assert dinoreg.best_dtype("cpu") == torch.float32
+
+
 def test_fast_takes_the_best_dtype_and_dtype_overrides_it(folder, monkeypatch, capsys):
     loaded, load = [], dinoreg.load
     monkeypatch.setattr(dinoreg, "best_dtype", lambda device: torch.bfloat16)
