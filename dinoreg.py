@@ -561,7 +561,11 @@ def preprocess(
 
 
 def read_pixels(
-    image: str | os.PathLike | bytes | Image.Image, size: int, keep_aspect: bool, patch_size: int, fast: bool
+    image: str | os.PathLike | bytes | Image.Image,
+    size: int = 224,
+    keep_aspect: bool = False,
+    patch_size: int = 14,
+    fast: bool = False,
 ) -> Tensor:
     """The resized and cropped pixels that `preprocess` normalises: (3, H, W), uint8."""
     short = size * 8 // 7

@@ -3,7 +3,7 @@
     pip install -e ".[examples,parity]"
     python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
     python examples/benchmark.py                        # everything, as Markdown tables
-    python examples/benchmark.py forward start          # or some parts: forward start load folder fast growth
+    python examples/benchmark.py forward start          # or some parts: forward start load folder fast growth corpus
 
 All sides have the same random weights and take turns, in an order that is drawn anew for each. What is short is run for
 half a second in each turn, and its fastest run counts. A figure is the median of its turns, and a ratio the median of the
@@ -13,6 +13,7 @@ needs the official weights of ViT-S/14, and downloads them.
 
 import argparse
 import itertools
+import os
 import random
 import shutil
 import statistics
@@ -385,7 +386,63 @@ def growth(args: argparse.Namespace) -> None:
     figure.savefig("growth.png", dpi=120)
 
 
-PARTS = {part.__name__: part for part in (forward, start, load, folder, fast, growth)}
+PLAIN_LOOP = """
+import sys, torch, common, dinoreg
+weights, size, folder, output = sys.argv[1:]
+model, paths = dinoreg.load(weights), dinoreg.find_images([folder])
+batches = common.read_ahead(lambda path: dinoreg.preprocess(path, int(size)), common.split_batches(paths, 16))
+with torch.inference_mode():
+    features = [model.embed(torch.stack(batch)).half() for batch in batches]
+dinoreg.write_tensors({"features": torch.cat(features)}, output, {})
+"""
+
+
+def corpus(args: argparse.Namespace) -> None:
+    print(
+        "embed_corpus.py beside a plain loop, whole processes, as many threads: ViT-S/14 with registers, batches of 16 JPEG"
+    )
+    print("files of 256 x 256 pixels. A ratio above 1 is the cost of Ray; images per hour are those of embed_corpus.py.\n")
+    if not find_spec("ray"):
+        raise RuntimeError('Ray is missing: pip install -e ".[ray]"')
+    examples = Path(__file__).parent
+    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": f"{examples}:{examples.parent}"}
+    environment["RAY_worker_niceness"] = "0"  # by default Ray gives way to other processes, the loop does not
+
+    def run(command: list) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, env=environment)
+        return time.perf_counter() - start
+
+    def rows() -> Iterable[list]:
+        for count, size in itertools.product(args.images, args.sides):
+            save_crops(folder / str(count), count)
+            loop, ray = [], []
+            for turn in range(args.turns):
+                of_loop = ["-c", PLAIN_LOOP, weights, size, folder / str(count), folder / "loop.safetensors"]
+                of_ray = [examples / "embed_corpus.py", folder / str(count), "--model", weights, "--size", size]
+                of_ray += ["--output", folder / f"{count}-{size}-{turn}"]
+                for times, command in random.sample([(loop, of_loop), (ray, of_ray)], 2):
+                    times.append(run(command))
+            seconds = [statistics.median(loop), statistics.median(ray)]
+            yield [count, size, *(f"{x:.1f}" for x in seconds), ratio(ray, loop), f"{3600 * count / seconds[1]:,.0f}"]
+
+    with tempfile.TemporaryDirectory() as where:
+        folder, weights = Path(where), f"{where}/model.safetensors"
+        dinoreg.save(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vits14_reg"]), weights)
+        table(["images", "pixels", "plain loop, s", "embed_corpus.py, s", "ratio", "images per hour"], rows())
+
+
+def save_crops(folder: Path, count: int) -> None:
+    """As many squares of 256 x 256 pixels from the photographs, as JPEG files."""
+    folder.mkdir(exist_ok=True)
+    photos = [Image.open(photo).convert("RGB") for photo in PHOTOS]
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        left, top = random.randrange(photo.width - 256), random.randrange(photo.height - 256)
+        photo.crop((left, top, left + 256, top + 256)).save(folder / f"{i}.jpg", quality=90)
+
+
+PARTS = {part.__name__: part for part in (forward, start, load, folder, fast, growth, corpus)}
 
 
 def main() -> int:
@@ -399,12 +456,16 @@ def main() -> int:
     of_forward.add_argument("--pixels", nargs="+", type=int, default=[224, 518], help="default: %(default)s")
     of_forward.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="default: %(default)s")
     of_forward.add_argument("--seconds", type=float, default=60, help="for a row, at least (default: %(default)s)")
+    of_corpus = parser.add_argument_group("for `corpus`")
+    of_corpus.add_argument("--images", nargs="+", type=int, default=[500, 2000, 8000], help="default: %(default)s")
+    of_corpus.add_argument("--sides", nargs="+", type=int, default=[224], help="pixels that are seen (default: %(default)s)")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    if min(args.turns, *args.batches, *args.pixels) < 1 or any(side % 14 for side in args.pixels):
-        parser.error("--turns and --batches must be at least 1, and --pixels multiples of 14")
-    libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino")
+    sides = [*args.pixels, *args.sides]
+    if min(args.turns, *args.batches, *args.images, *sides) < 1 or any(side % 14 for side in sides):
+        parser.error("--turns, --batches and --images must be at least 1, --pixels and --sides multiples of 14")
+    libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino", "ray")
     versions = {name: metadata.version(name) for name in libraries if find_spec(name)}
     where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
