@@ -295,9 +295,11 @@ def test_a_batch_may_have_no_image(module, tmp_path, monkeypatch):
 
 
 def test_benchmark_of_a_corpus():
-    command = [sys.executable, HERE / "benchmark.py", "corpus", "--images", "4", "--sides", "28", "--turns", "1"]
+    command = [sys.executable, HERE / "benchmark.py", "corpus", "--images", "4", "--turns", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
     assert result.returncode == 0, result.stderr
     *_, row = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    count, pixels, loop, ray, ratio, _ = (float(cell.replace(",", "")) for cell in row.strip("| ").split(" | "))
-    assert (count, pixels) == (4, 28) and ratio == pytest.approx(ray / loop, rel=0.05)
+    count, loop, ray, ratio, per_hour = (float(cell.replace(",", "")) for cell in row.strip("| ").split(" | "))
+    assert (
+        count == 4 and ratio == pytest.approx(ray / loop, rel=0.05) and per_hour == pytest.approx(4 * 3600 / ray, rel=0.05)
+    )
