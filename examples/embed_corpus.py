@@ -254,7 +254,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("source", help="a folder, a glob in quotes, or Parquet files with a column `uri` and perhaps `bytes`")
-    add("--output", required=True, metavar="FOLDER", help="for Parquet files: a new one, or that of an earlier run")
+    add("-o", "--output", required=True, metavar="FOLDER", help="for Parquet files: a new one, or that of an earlier run")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
     add("--size", type=int, metavar="PIXELS", help="side of the central crop (default: the model's)")
     add("--tokens", choices=("cls", "patches"), default="cls", help="patches: write those, too (default: %(default)s)")

@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith(("common", "masks", "test_")))
 CPU_ONLY = {"export_onnx", "quantize"}
-HAVE_OUTPUT = {"explore", "export_onnx", "find_objects", "train_digits", "visualize"}
+HAVE_OUTPUT = {"embed_corpus", "explore", "export_onnx", "find_objects", "train_digits", "visualize"}
 PACKAGES = ("matplotlib", "mlxtend", "onnxruntime", "scipy", "sklearn", "torchao", "tqdm")
 
 needs_packages = pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="the extra `examples` is not installed")
@@ -46,6 +46,6 @@ def test_examples_have_the_same_options(name, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         example.main()
     text = capsys.readouterr().out
-    assert ("--device DEVICE" in text) == (name not in CPU_ONLY)
+    assert ("--device" in text) == (name not in CPU_ONLY)
     assert name not in CPU_ONLY or "the CPU" in example.__doc__
     assert name not in HAVE_OUTPUT or re.search(r"-o \w+, --output \w+", text)
