@@ -1962,6 +1962,29 @@ def test_benchmark_of_the_forward(torch_home_with_hub):
         assert float(milliseconds) * float(ratio) > 0
 
 
+def test_benchmark_of_engines():
+    options = ["--models", "vits14_reg", "--pixels", "28", "--batches", "2", "--seconds", "0"]
+    header, _, row = run_benchmark("engines", *options)
+    expected = {"float32", "bfloat16"}
+    if shutil.which("c++"):
+        expected |= {"compile, float32", "compile, bfloat16"}
+    if find_spec("onnxruntime") and find_spec("onnxscript"):
+        expected |= {"onnxruntime"}
+        expected |= {"openvino, float32", "openvino, default"} if find_spec("openvino") else set()
+    assert set(header[3:]) == expected and len(header) == len(row)
+    for cell in row[3:]:
+        milliseconds, ratio, cosine = re.fullmatch(r"(.+) \((.+), (.+)\)", cell).groups()
+        assert float(milliseconds) * float(ratio) > 0 and 0.999 < float(cosine) < 1.001
+    assert row[3].endswith("(1.00, 1.00000)")
+
+
+def test_benchmark_of_folders():
+    header, _, large, small = run_benchmark("folder")
+    assert header[:5] == ["JPEG files", "dinoreg", "dinoreg --fast", "forward", "decode"]
+    milliseconds = [[float(cell.split()[0]) for cell in row[1:]] for row in (large, small)]
+    assert milliseconds[0][3] > 5 * milliseconds[1][3]  # 12 megapixels take longer to decode than 0.2
+
+
 @pytest.mark.parametrize("arguments", [["--pixels", "225"], ["--turns", "0"], ["--batches", "0"], ["backward"]])
 def test_benchmark_says_what_is_wrong(arguments):
     pytest.importorskip("tqdm")

@@ -2,19 +2,24 @@
 
     pip install -e ".[examples,parity]"
     python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
-    python examples/benchmark.py                        # everything, as Markdown tables
-    python examples/benchmark.py forward start          # or some parts: forward start load folder fast growth corpus
+    python examples/benchmark.py > examples/benchmark.md    # everything but corpus, as Markdown
+    python examples/benchmark.py forward start              # or some parts: forward engines start load folder fast growth
 
 All sides have the same random weights and take turns, in a new random order for each turn. Short workloads are repeated for
 half a second per turn, and the fastest run counts. A figure is the median over turns; a ratio is the median of the ratios
-within each turn: above 1, dinoreg is faster. `--device` is that of `forward`, in float32 on a CPU and in bfloat16 elsewhere;
-the other parts run on the CPU, and by default only if it is the device. `fast` downloads the official weights of ViT-S/14.
+within each turn. `--device` is that of `forward` and `engines`; the other parts run on the CPU, and by default only if it is
+the device. `fast` downloads the official weights of ViT-S/14. `corpus` compares embed_corpus.py, which needs Ray, with a
+plain loop.
 """
 
 import argparse
+import copy
+import functools
 import itertools
 import os
+import platform
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -102,10 +107,8 @@ def whole_process(command: list) -> list[float]:
 
 
 def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str, folder: Path) -> dict:
-    """The same model in other libraries: functions without arguments that return the CLS tokens (B, D).
-
-    They compute and normalise all tokens; the graphs of onnxruntime and openvino may leave out what CLS does not need.
-    """
+    """The same model in other libraries: functions without arguments that compute and normalise all tokens and return
+    the CLS tokens (B, D)."""
     sides, device, dtype = {}, images.device, images.dtype
     if OFFICIAL.is_dir():
         official = torch.hub.load(str(OFFICIAL), f"dinov2_{name}", source="local", pretrained=False)
@@ -126,55 +129,32 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
         other.load_state_dict(convert_weights.from_official(model, "timm"))
         other = other.to(device, dtype).eval()
         sides["timm"] = lambda: other.forward_features(images)[:, 0]
-    if device.type != "cpu" or not find_spec("onnxruntime") or not find_spec("onnxscript"):
-        return sides
-
-    import onnxruntime
-
-    dinoreg.save(model, folder / "model.safetensors")
-    script, side = Path(__file__).with_name("export_onnx.py"), str(images.shape[-1])
-    command = [sys.executable, script, folder / "model.safetensors", "-o", folder / "model.onnx", "--size", side]
-    subprocess.run(command, check=True, capture_output=True)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-    sides["onnxruntime"] = lambda: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    if find_spec("openvino"):
-        import openvino
-
-        # On some processors the default precision is bfloat16.
-        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = openvino.compile_model(folder / "model.onnx", "CPU", options)
-        sides["openvino"] = lambda: torch.from_numpy(compiled(images.numpy())[0])
     return sides
 
 
-def forward(args: argparse.Namespace) -> None:
-    print(
-        "Forward pass, milliseconds per image. All tokens are computed and normalised, except that `embed`, onnxruntime and"
-    )
-    print(
-        "openvino return the CLS token only. `compile` is `torch.compile(model)`. `matrix products` runs those of the linear"
-    )
-    print("layers and nothing else; GFLOP/s is their rate.\n")
-    rows = (forward_row(args, *which) for which in itertools.product(args.models, args.pixels, args.batches))
+def table_of_models(args: argparse.Namespace, measure) -> None:
+    """Print the table whose rows, dicts by column, are what `measure` returns for each model, image size and batch size."""
+    rows = (measure(args, *which) for which in itertools.product(args.models, args.pixels, args.batches))
     first = next(rows)
     table(list(first), (list(row.values()) for row in itertools.chain([first], rows)))
 
 
+def forward(args: argparse.Namespace) -> None:
+    print("Forward pass, milliseconds per image, float32 on a CPU and bfloat16 elsewhere; in brackets the ratio to dinoreg:")
+    print(
+        "above 1, dinoreg is faster. All tokens are computed and normalised, except that `embed` returns the CLS token only."
+    )
+    print("`matrix products` runs those of the linear layers and nothing else; GFLOP/s is their rate.\n")
+    table_of_models(args, forward_row)
+
+
 @torch.inference_mode()
 def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> dict:
-    """The cells of a row, by column."""
     device = torch.device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(device, dtype).eval()
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
     sides = {"dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"], "embed": lambda: model.embed(images)}
-    if device.type == "cuda" or shutil.which("c++"):
-        torch.compiler.reset()
-        fixed = dinoreg.from_state_dict(model.state_dict(), model.config)
-        fixed.fix_image_size(size, size)
-        sides["compile"] = torch.compile(lambda: fixed.forward_features(images)["x_norm_clstoken"])
     with tempfile.TemporaryDirectory() as folder:
         sides |= peers(model, images, name, Path(folder))
         cls = sides["dinoreg"]().float()
@@ -187,6 +167,60 @@ def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> d
     cells = {side: f"{1000 * medians[side] / batch:.1f} ({ratio(results[side], results['dinoreg'])})" for side in sides}
     rate = operations / medians["matrix products"] / 1e9
     return {"model": name, "pixels": size, "batch": batch, **cells, "GFLOP/s": f"{rate:.0f}"}
+
+
+def engines(args: argparse.Namespace) -> None:
+    print(
+        "Ways to compute `embed`, milliseconds per image; in brackets the ratio to float32 (below 1: faster) and the lowest"
+    )
+    print(
+        "cosine of an embedding to it. `compile` is `torch.compile(model.embed)`; onnxruntime and openvino run the file of"
+    )
+    print("export_onnx.py, `default` in the precision that openvino chooses for the processor.\n")
+    table_of_models(args, engines_row)
+
+
+@torch.inference_mode()
+def engines_row(args: argparse.Namespace, name: str, size: int, batch: int) -> dict:
+    device, threads = torch.device(args.device), torch.get_num_threads()
+    model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).eval()
+    model.fix_image_size(size, size)
+    images, sides = torch.randn(batch, 3, size, size, device=device), {}
+    torch.compiler.reset()
+    for dtype in (torch.float32, torch.bfloat16):
+        cast = copy.deepcopy(model).to(device, dtype)
+        label = str(dtype).removeprefix("torch.")
+        sides[label] = functools.partial(cast.embed, images)
+        if device.type == "cuda" or shutil.which("c++"):
+            sides[f"compile, {label}"] = functools.partial(torch.compile(cast.embed), images)
+    with tempfile.TemporaryDirectory() as folder:
+        if device.type == "cpu" and find_spec("onnxruntime") and find_spec("onnxscript"):
+            import onnxruntime
+
+            weights, graph = Path(folder, "model.safetensors"), Path(folder, "model.onnx")
+            dinoreg.save(model, weights)
+            command = [sys.executable, Path(__file__).with_name("export_onnx.py"), weights, "-o", graph, "--size", str(size)]
+            subprocess.run(command, check=True, capture_output=True)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            sides["onnxruntime"] = lambda: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+            if find_spec("openvino"):
+                import openvino
+
+                for label, options in (("float32", {"INFERENCE_PRECISION_HINT": "f32"}), ("default", {})):
+                    compiled = openvino.compile_model(graph, "CPU", {**options, "INFERENCE_NUM_THREADS": threads})
+                    sides[f"openvino, {label}"] = lambda run=compiled: torch.from_numpy(run(images.numpy())[0])
+        expected = sides["float32"]()
+        cosines = {side: torch.cosine_similarity(work().float(), expected).min() for side, work in sides.items()}
+        if min(cosines.values()) < 0.999:
+            raise RuntimeError(f"the embeddings differ from those of float32: {cosines}")
+        results = take_turns(sides, args.turns, seconds=args.seconds)
+    cells = {
+        side: f"{1000 * statistics.median(times) / batch:.1f} ({ratio(times, results['float32'])}, {cosines[side]:.5f})"
+        for side, times in results.items()
+    }
+    return {"model": name, "pixels": size, "batch": batch, **cells}
 
 
 def matrix_products(model: dinoreg.DinoVisionTransformer, batch: int, size: int):
@@ -295,16 +329,28 @@ def load(args: argparse.Namespace) -> None:
 
 
 def folder(args: argparse.Namespace) -> None:
-    print("A folder of 16 JPEG photographs of 12 megapixels, decoded and classified by ViT-S/14 with registers: seconds per")
-    print("image. With `--fast`, the JPEG files are decoded at reduced size, though not below that of the model's input.\n")
+    print("A folder of JPEG photographs, read and classified by ViT-S/14 with registers: milliseconds per image, and in")
+    print("brackets the ratio to dinoreg. `--fast` decodes at reduced size, though not below that of the model's input (its")
+    print("choice of a dtype is not part of this). `forward` is the model alone, `decode` reading alone on one core.\n")
+    folders = {"16 of 4000 x 3000": (16, (4000, 3000)), "32 of 500 x 375": (32, (500, 375))}
+    rows = (folder_row(args, name, *which) for name, which in folders.items())
+    first = next(rows)
+    table(list(first), (list(row.values()) for row in itertools.chain([first], rows)))
+
+
+@torch.inference_mode()
+def folder_row(args: argparse.Namespace, name: str, count: int, size: tuple[int, int]) -> dict:
     with tempfile.TemporaryDirectory() as where:
-        paths = [f"{where}/{i}.jpg" for i in range(16)]
+        paths = [f"{where}/{i}.jpg" for i in range(count)]
         for i, path in enumerate(paths):
-            Image.open(PHOTOS[0]).resize((4000, 3000)).rotate(i).save(path, quality=90)
-        model = classifier("vits14_reg")
+            Image.open(PHOTOS[0]).resize(size).rotate(i).save(path, quality=90)
+        model, images = classifier("vits14_reg"), torch.randn(8, 3, 224, 224)
+        model.backbone.fix_image_size(224, 224)
         sides = {
             "dinoreg": lambda: list(dinoreg.classify(model, paths, 224)),
             "dinoreg --fast": lambda: list(dinoreg.classify(model, paths, 224, fast=True)),
+            "forward": lambda: [model(images).softmax(dim=-1) for _ in range(0, count, 8)],
+            "decode": lambda: [dinoreg.read_pixels(path) for path in paths],
         }
         if find_spec("transformers"):
             from transformers import pipeline
@@ -313,8 +359,10 @@ def folder(args: argparse.Namespace) -> None:
             pipe = pipeline("image-classification", model=f"{where}/hf")
             sides["transformers pipeline"] = lambda: list(pipe(paths, batch_size=8))
         results = take_turns(sides, args.turns)
-    rows = [[name, f"{statistics.median(x) / 16:.3f}", ratio(x, results["dinoreg"])] for name, x in results.items()]
-    table(["", "seconds", "ratio"], rows)
+    cells = {
+        side: f"{1000 * statistics.median(x) / count:.1f} ({ratio(x, results['dinoreg'])})" for side, x in results.items()
+    }
+    return {"JPEG files": name, **cells}
 
 
 @torch.inference_mode()
@@ -356,27 +404,14 @@ print(sorted(seconds[1:])[1], status("VmHWM") - before)
 
 
 def growth(args: argparse.Namespace) -> None:
-    print("Time and memory against image size and batch size, ViT-S/14 with registers: growth.png\n")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for panel, label, points in (
-        (panels[0], "side of one image, pixels", [(size, 1) for size in (224, 378, 518, 700, 868, 1036)]),
-        (panels[1], "images of 224 x 224 in a batch", [(224, batch) for batch in (1, 2, 4, 8, 16, 32, 64)]),
+    print("Time and memory against image size and batch size, ViT-S/14 with registers, in float32.\n")
+    for label, which, points in (
+        ("side of one image, pixels", 0, [(size, 1) for size in (224, 378, 518, 700, 868, 1036)]),
+        ("images of 224 x 224 in a batch", 1, [(224, batch) for batch in (1, 2, 4, 8, 16, 32, 64)]),
     ):
-        x = [size if panel is panels[0] else batch for size, batch in points]
-        commands = [[sys.executable, "-c", GROWTH, *map(str, point)] for point in points]
-        seconds, megabytes = zip(*(numbers_from(command) for command in tqdm(commands, leave=False, disable=None)))
-        panel.plot(x, seconds, "o-", color="tab:blue")
-        panel.set(xlabel=label, ylim=0)
-        panel.set_ylabel("seconds", color="tab:blue")
-        memory = panel.twinx()
-        memory.plot(x, megabytes, "s--", color="tab:orange")
-        memory.set(ylim=0)
-        memory.set_ylabel("MB above the model", color="tab:orange")
-        rows = [[i, f"{s:.2f}", f"{m:.0f}"] for i, s, m in zip(x, seconds, megabytes)]
+        measured = ((point[which], *numbers_from([sys.executable, "-c", GROWTH, *map(str, point)])) for point in points)
+        rows = ([x, f"{seconds:.2f}", f"{megabytes:.0f}"] for x, seconds, megabytes in measured)
         table([label, "seconds", "MB above the model"], rows)
-    figure.savefig("growth.png", dpi=120)
 
 
 PLAIN_LOOP = """
@@ -435,19 +470,30 @@ def save_crops(folder: Path, count: int) -> Path:
     return folder
 
 
-PARTS = {part.__name__: part for part in (forward, start, load, folder, fast, growth, corpus)}
+PARTS = {part.__name__: part for part in (forward, engines, start, load, folder, fast, growth, corpus)}
+
+
+def processor() -> str:
+    """The processor, and which of its instructions count here."""
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    model = re.search(r"model name\s*: (.+)", info)
+    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {unit} " in info]
+    return f"{model[1] if model else platform.machine()} ({', '.join(units) or 'no AVX'}), {torch.get_num_threads()} threads"
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device)
-    where = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    device, where = torch.device(args.device), processor()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the one that `synchronize` waits for
-        where = torch.cuda.get_device_name()
+        where = f"{torch.cuda.get_device_name()}; {where}"
     libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino", "ray")
-    versions = {name: metadata.version(name) for name in libraries if find_spec(name)}
-    print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
-    for part in args.parts or (PARTS if device.type == "cpu" else ["forward"]):
+    versions = (f"{name} {metadata.version(name)}" for name in libraries if find_spec(name))
+    print(f"# Benchmark\n\n{where}; {', '.join(versions)}. Written by\n")
+    print(f"    python {' '.join(['examples/benchmark.py', *sys.argv[1:]])}\n\nwhose docstring says how it measures.\n")
+    for part in args.parts or (
+        [part for part in PARTS if part != "corpus"] if device.type == "cpu" else ["forward", "engines"]
+    ):
+        print(f"## {part}\n")
         PARTS[part](args)
     return 0
 
@@ -458,7 +504,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--turns", type=int, default=5, help="of each side, at least (default: %(default)s)")
     common.add_device(parser)
-    of_forward = parser.add_argument_group("for `forward`")
+    of_forward = parser.add_argument_group("for `forward` and `engines`")
     models = [name for name in dinoreg.CONFIGS if name.endswith("_reg")]
     of_forward.add_argument("--models", nargs="+", choices=models, default=models[:2], help="default: %(default)s")
     of_forward.add_argument("--pixels", nargs="+", type=int, default=[224, 518], help="default: %(default)s")
