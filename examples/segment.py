@@ -1,0 +1,231 @@
+"""Segment photos with a linear layer that train_segmenter.py trained, or by the example of one annotated photo.
+
+    pip install -e ".[examples]"
+    python examples/segment.py PHOTO... --weights mine.safetensors
+    python examples/segment.py PHOTO... --like annotated.jpg mask.png --classes classes.txt
+
+For each photo it writes an overlay with a legend (NAME_segments.png) and the mask (NAME_mask.png: class indices, with the
+colours as its palette), and prints a JSON object, {"image": path, "mask": path, "shares": {class: share of the pixels}}.
+
+With --like nothing is trained: each patch takes the classes of the most similar patches of the annotated photo (k-NN on
+normalised patch tokens). Photos are resized to --size. If a side is then longer than --tile, the model sees overlapping
+tiles, whose logits are averaged, so that its memory does not grow with the photo.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import common
+import dinoreg
+import masks
+from masks import Classes
+
+NEIGHBOURS = 5  # patches that vote on the class of a patch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def patch_features(backbone: dinoreg.DinoVisionTransformer, x: Tensor, layers: int) -> Tensor:
+    """Normalised patch tokens of the last blocks, concatenated: (B, 3, H, W) -> (B, h, w, layers * D)."""
+    tokens = torch.cat(backbone.get_intermediate_layers(x, layers), dim=-1)
+    return tokens.unflatten(1, backbone.image_grid(x))
+
+
+class Segmenter(nn.Module):
+    """Batch norm and a linear layer on patch tokens: images (B, 3, H, W) -> logits (B, h, w, K).
+
+    This is the linear head of the official evaluation (`BNHead` in dinov2/eval/segmentation), whose 1 x 1 convolution is
+    a linear layer on each token.
+    """
+
+    def __init__(self, backbone: dinoreg.DinoVisionTransformer, classes: Classes, layers: int = 1):
+        super().__init__()
+        self.backbone, self.classes, self.layers = backbone, classes, layers
+        width = layers * backbone.embed_dim
+        self.head = nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, len(classes)))
+        nn.init.normal_(self.head[1].weight, std=0.01)
+        nn.init.zeros_(self.head[1].bias)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (..., layers * D) -> logits (..., K)."""
+        return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(patch_features(self.backbone, x, self.layers))
+
+
+def save(model: Segmenter, path: Path) -> None:
+    config = dataclasses.asdict(model.backbone.config)
+    values = {"config": config, "classes": model.classes, "layers": model.layers}
+    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in values.items()}
+    dinoreg.write_tensors(model.state_dict(), path, metadata)
+
+
+def load(path: Path, device: str) -> Segmenter:
+    """The model that `save` wrote, in eval mode. Raises a ValueError for any other file."""
+    tensors, metadata = dinoreg.read_tensors(path)
+    if "classes" not in metadata:
+        raise ValueError(f"{path}: not a segmenter; examples/train_segmenter.py writes one")
+    try:
+        fields, classes, layers = (json.loads(metadata[key]) for key in ("config", "classes", "layers"))
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        prefix = "backbone."
+        backbone = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+        backbone = dinoreg.from_state_dict(backbone, dinoreg.Config(**fields))
+        model = Segmenter(backbone, {name: tuple(colour) for name, colour in classes.items()}, layers)
+        model.load_state_dict(tensors)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: a damaged segmenter ({common.reason(error)})") from None
+    return model.to(device).eval()
+
+
+def by_example(
+    backbone: dinoreg.DinoVisionTransformer, photo: Path, mask: np.ndarray, size: int, num_classes: int
+) -> Callable[[Tensor], Tensor]:
+    """A function in place of a `Segmenter`: the patches of an annotated photo that are most similar vote."""
+    x = dinoreg.preprocess(photo, size, keep_aspect=True, patch_size=backbone.patch_size)
+    known = patch_features(backbone, x[None].to(backbone.pos_embed.device), layers=1)[0]  # (h, w, D)
+    pixels = torch.from_numpy(mask)[None]
+    shares = [F.adaptive_avg_pool2d((pixels == i).float(), known.shape[:2]) for i in range(num_classes)]
+    shares = torch.cat(shares).permute(1, 2, 0).to(known.device)  # (h, w, K): the share of each class in each patch
+    labelled = shares.sum(dim=2) > 0.5
+    if not labelled.any():
+        raise ValueError(f"{photo}: its mask has no labelled pixels")
+    known, shares = known[labelled], shares[labelled]  # (n, D), (n, K)
+
+    def segment(x: Tensor) -> Tensor:
+        features = patch_features(backbone, x, layers=1)
+        return common.vote(known, shares, features.flatten(0, 2), NEIGHBOURS).unflatten(0, features.shape[:3])
+
+    return segment
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a photo to the class of each pixel
+
+
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a length, evenly spaced, each overlapping the next by a third or more."""
+    count = 1 + math.ceil(max(0, length - tile) / max(1, tile * 2 // 3))
+    return torch.linspace(0, max(0, length - tile), count).round().int().tolist()
+
+
+def segment_tiles(segment: Callable[[Tensor], Tensor], x: Tensor, tile: int, P: int) -> Tensor:
+    """Logits (h, w, K) of an image (3, H, W) from tiles of at most `tile` patches a side; their mean where they overlap.
+
+    P is the side of a patch.
+    """
+    h, w = (side // P for side in x.shape[1:])
+    total, count = torch.zeros(()), torch.zeros(h, w, 1, device=x.device)
+    for top in tile_starts(h, tile):
+        for left in tile_starts(w, tile):
+            part = x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P]
+            logits = segment(part)[0]
+            total = total if total.ndim else logits.new_zeros(h, w, logits.shape[2])
+            total[top : top + tile, left : left + tile] += logits
+            count[top : top + tile, left : left + tile] += 1
+    return total / count
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (h, w, K) -> (1, K, *size), bilinear."""
+    return F.interpolate(logits.permute(2, 0, 1)[None], size, mode="bilinear")
+
+
+def classify_pixels(logits: Tensor, H: int, W: int) -> np.ndarray:
+    """The class (H, W) of each pixel, uint8, from the upsampled logits (h, w, K).
+
+    Rows are upsampled first and columns a strip at a time, since (K, H, W) logits of a large photo would fill the memory.
+    """
+    rows = upsample(logits, (H, logits.shape[1]))  # (1, K, H, w)
+    strips = (F.interpolate(strip, (strip.shape[2], W), mode="bilinear") for strip in rows.split(64, dim=2))
+    return torch.cat([strip.argmax(dim=1)[0].byte().cpu() for strip in strips]).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def run(args: argparse.Namespace) -> int:
+    views = []
+    if args.weights:
+        segment = load(args.weights, args.device)
+        backbone, classes, size = segment.backbone, segment.classes, args.size or segment.backbone.config.crop_size
+    else:
+        backbone, size = common.load_backbone(args.model, args.device), args.size or 518
+        classes = masks.read_classes(args.classes) if args.classes else None
+    P = backbone.patch_size
+    if min(size, args.tile) < P:
+        raise ValueError(f"--size and --tile must be at least {P}, the side of a patch")
+    if args.like:
+        photo, mask_path = args.like
+        mask = masks.read_mask(mask_path, photo, classes, args.ignore)
+        classes = classes or masks.name_classes(int(mask[mask != masks.IGNORED].max(initial=0)) + 1, mask_path)
+        segment = by_example(backbone, photo, mask, size, len(classes))
+        views = [(dinoreg.to_rgb(Image.open(photo)), mask)]
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    images, failed, confusions = dinoreg.find_images(args.images), 0, 0
+    names = (common.name_pictures(images, args.output, kind) for kind in ("segments", "mask"))
+    for image, picture_path, mask_path in zip(tqdm(images, unit="image"), *names):
+        try:
+            x = dinoreg.preprocess(image, size, keep_aspect=True, patch_size=P)
+            photo = dinoreg.to_rgb(Image.open(image))
+            truth = masks.read_mask(args.truth / f"{image.stem}.png", image, classes, args.ignore) if args.truth else None
+        except (OSError, ValueError) as error:
+            tqdm.write(f"segment: {image}: {common.reason(error)}", file=sys.stderr)
+            failed += 1
+            continue
+        with torch.inference_mode():
+            logits = segment_tiles(segment, x.to(args.device), args.tile // P, P)
+            mask = classify_pixels(logits, photo.height, photo.width)
+        if truth is not None:
+            confusions = confusions + masks.confusion(truth, mask, len(classes))
+        counts = np.bincount(mask.flatten(), minlength=len(classes)) / mask.size
+        shares = {name: round(share, 4) for name, share in zip(classes, counts.tolist())}
+        with dinoreg.atomic(picture_path) as part:
+            masks.draw([*views, (photo, None), (photo, mask)], shares, classes).save(part)
+        masks.write_mask(mask, mask_path, classes)
+        record = {"image": str(image), "mask": str(mask_path), "shares": shares}
+        tqdm.write(json.dumps(record), file=sys.stdout)
+    if args.truth and failed < len(images):
+        print(json.dumps(masks.score(confusions, classes)))
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path, metavar="FILE", help="what train_segmenter.py wrote")
+    source.add_argument(
+        "--like", type=Path, nargs=2, metavar=("PHOTO", "MASK"), help="an annotated photo, in place of --weights"
+    )
+    add("--model", default="vits14_reg", help="backbone for --like: an official model or a file (default: %(default)s)")
+    add("--classes", type=Path, metavar="FILE", help="class names for --like: one in each line, with or without #rrggbb")
+    add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels in masks (default: 255)")
+    default = "that of the training; 518 for --like"
+    add("--size", type=int, help=f"side in pixels of a square as large as the resized photo (default: {default})")
+    add("--tile", type=int, default=1022, help="longest side in pixels that the model sees at once (default: %(default)s)")
+    add("--truth", type=Path, metavar="FOLDER", help="the true masks, NAME.png: also print mean IoU and pixel accuracy")
+    add("--output", type=Path, default=Path("segments"), metavar="FOLDER", help="default: %(default)s")
+    common.add_device(parser)
+    return common.run(run, parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
