@@ -11,7 +11,6 @@ import common
 import dinoreg
 
 IGNORED = 255  # the value of pixels without a class in all masks in memory
-WIDTH = 1000  # pixels, of a picture at most
 
 Colour = tuple[int, int, int]
 Classes = dict[str, Colour]  # in the order of their indices; there are K
@@ -106,10 +105,12 @@ def overlay(photo: Image.Image, mask: np.ndarray, classes: Classes) -> Image.Ima
     return Image.composite(tinted, photo, Image.fromarray(indices != IGNORED))
 
 
-def draw(views: list[tuple[Image.Image, np.ndarray | None]], shares: dict[str, float], classes: Classes) -> Image.Image:
-    """Photos side by side, under their masks, above a legend of the classes that occur."""
+def draw(
+    views: list[tuple[Image.Image, np.ndarray | None]], shares: dict[str, float], classes: Classes, width: int
+) -> Image.Image:
+    """Photos side by side, under their masks, above a legend of the classes that occur; at most `width` pixels wide."""
     aspects = [photo.width / photo.height for photo, _ in views]
-    height = min(views[0][0].height, round(WIDTH / sum(aspects)))
+    height = min(views[0][0].height, max(1, int(width / sum(aspects))))
     panels = [photo.resize((round(height * aspect), height)) for (photo, _), aspect in zip(views, aspects)]
     width = sum(panel.width for panel in panels)
     font, places, x, y = ImageFont.load_default(14), [], 8, height + 8

@@ -32,7 +32,7 @@ import dinoreg
 import masks
 from masks import Classes
 
-NEIGHBOURS = 5  # patches that vote on the class of a patch
+NEIGHBOURS = 20  # patches that vote on the class of a patch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
         counts = np.bincount(mask.flatten(), minlength=len(classes)) / mask.size
         shares = {name: round(share, 4) for name, share in zip(classes, counts.tolist())}
         with dinoreg.atomic(picture_path) as part:
-            masks.draw([*views, (photo, None), (photo, mask)], shares, classes).save(part)
+            masks.draw([*views, (photo, None), (photo, mask)], shares, classes, args.width).save(part)
         masks.write_mask(mask, mask_path, classes)
         record = {"image": str(image), "mask": str(mask_path), "shares": shares}
         tqdm.write(json.dumps(record), file=sys.stdout)
@@ -222,6 +222,7 @@ def main() -> int:
     add("--size", type=int, help=f"side in pixels of a square as large as the resized photo (default: {default})")
     add("--tile", type=int, default=1022, help="longest side in pixels that the model sees at once (default: %(default)s)")
     add("--truth", type=Path, metavar="FOLDER", help="the true masks, NAME.png: also print mean IoU and pixel accuracy")
+    add("--width", type=int, default=1000, help="of the pictures, in pixels, at most (default: %(default)s)")
     add("--output", type=Path, default=Path("segments"), metavar="FOLDER", help="default: %(default)s")
     common.add_device(parser)
     return common.run(run, parser.parse_args())
