@@ -85,7 +85,9 @@ def load(path: Path, device: str) -> Segmenter:
         prefix = "backbone."
         backbone = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
         backbone = dinoreg.from_state_dict(backbone, dinoreg.Config(**fields))
-        model = Segmenter(backbone, {name: tuple(colour) for name, colour in classes.items()}, layers)
+        if layers not in range(1, backbone.n_blocks + 1):
+            raise ValueError(f"{layers} layers of {backbone.n_blocks}")
+        model = Segmenter(backbone, {name: tuple(bytes(colour)) for name, colour in classes.items()}, layers)
         model.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: a damaged segmenter ({common.reason(error)})") from None
@@ -129,14 +131,14 @@ def segment_tiles(segment: Callable[[Tensor], Tensor], x: Tensor, tile: int, P: 
     P is the side of a patch.
     """
     h, w = (side // P for side in x.shape[1:])
-    total, count = torch.zeros(()), torch.zeros(h, w, 1, device=x.device)
+    total, count = 0, 0
     for top in tile_starts(h, tile):
         for left in tile_starts(w, tile):
-            part = x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P]
-            logits = segment(part)[0]
-            total = total if total.ndim else logits.new_zeros(h, w, logits.shape[2])
-            total[top : top + tile, left : left + tile] += logits
-            count[top : top + tile, left : left + tile] += 1
+            logits = segment(x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P])[0]
+            rows, columns, _ = logits.shape
+            margins = (0, 0, left, w - left - columns, top, h - top - rows)
+            total = total + F.pad(logits, margins)
+            count = count + F.pad(torch.ones_like(logits[..., :1]), margins)
     return total / count
 
 
@@ -159,6 +161,7 @@ def classify_pixels(logits: Tensor, H: int, W: int) -> np.ndarray:
 # Command line
 
 
+@torch.inference_mode()
 def run(args: argparse.Namespace) -> int:
     views = []
     if args.weights:
@@ -175,7 +178,8 @@ def run(args: argparse.Namespace) -> int:
         mask = masks.read_mask(mask_path, photo, classes, args.ignore)
         classes = classes or masks.name_classes(int(mask[mask != masks.IGNORED].max(initial=0)) + 1, mask_path)
         segment = by_example(backbone, photo, mask, size, len(classes))
-        views = [(dinoreg.to_rgb(Image.open(photo)), mask)]
+        with masks.open_image(photo) as image:
+            views = [(dinoreg.to_rgb(image), mask)]
     args.output.mkdir(parents=True, exist_ok=True)
 
     images, failed, confusions = dinoreg.find_images(args.images), 0, 0
@@ -189,9 +193,8 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(f"segment: {image}: {common.reason(error)}", file=sys.stderr)
             failed += 1
             continue
-        with torch.inference_mode():
-            logits = segment_tiles(segment, x.to(args.device), args.tile // P, P)
-            mask = classify_pixels(logits, photo.height, photo.width)
+        logits = segment_tiles(segment, x.to(args.device), args.tile // P, P)
+        mask = classify_pixels(logits, photo.height, photo.width)
         if truth is not None:
             confusions = confusions + masks.confusion(truth, mask, len(classes))
         counts = np.bincount(mask.flatten(), minlength=len(classes)) / mask.size

@@ -26,6 +26,7 @@ import common
 import dinoreg
 
 HERE = Path(__file__).parent
+CELL = 168  # pixels, of the place of a digit in a scene
 COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CONFIG = dinoreg.Config(
@@ -49,16 +50,16 @@ def load_digits() -> tuple[list[Image.Image], Tensor]:
 
 
 def paste_digits(
-    photo: Image.Image, digits: list[tuple[Image.Image, int]], rng: np.random.Generator, columns: int = 3
+    photo: Image.Image, digits: list[tuple[Image.Image, int]], rng: np.random.Generator, columns: int = 2, rows: int = 1
 ) -> tuple[Image.Image, Image.Image]:
     """A random window of a photo with digits in random sizes and colours, and its mask: 0 is the photo, 1 + i digit i."""
-    size = width, height = 112 * columns, 224  # cells of 112 x 112 pixels in two rows, so that no digit hides another
+    width, height = size = CELL * columns, CELL * rows  # a cell has one digit at most, so that no digit hides another
     left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
     scene, mask = photo.crop((left, top, left + width, top + height)), Image.new("P", size)
     mask.putpalette(bytes.fromhex("000000" + "".join(COLOURS).replace("#", "")))
-    for cell, (image, digit) in zip(rng.permutation(2 * columns), digits):
-        side = int(rng.integers(84, 113))
-        x, y = (int(112 * i + rng.integers(0, 113 - side)) for i in (cell % columns, cell // columns))
+    for cell, (image, digit) in zip(rng.permutation(columns * rows), digits):
+        side = int(rng.integers(CELL * 3 // 4, CELL + 1))
+        x, y = (int(CELL * i + rng.integers(0, CELL + 1 - side)) for i in (cell % columns, cell // columns))
         shape = image.resize((side, side), Image.Resampling.BICUBIC)
         scene.paste(tuple(rng.integers(0, 256, 3).tolist()), (x, y), shape)
         mask.paste(1 + digit, (x, y), shape.point(lambda value: 255 * (value > 127), "1"))
@@ -74,7 +75,7 @@ def write_scenes(folder: Path, images: list[Image.Image], digits: list[int]) -> 
     rng, pairs = np.random.default_rng(0), list(zip(images, digits))
     example = [next(pair for pair in pairs if pair[1] == digit) for digit in range(10)]
     (folder / "example").mkdir(parents=True, exist_ok=True)
-    scene, mask = paste_digits(photos["coffee"], example, rng, columns=5)
+    scene, mask = paste_digits(photos["coffee"].resize((900, 600)), example, rng, columns=5, rows=2)
     scene.save(folder / "example" / "image.png")
     mask.save(folder / "example" / "mask.png")
     training, held_out = ("astronaut", "chelsea", "coffee", "flower"), ("china", "hopper")
@@ -82,7 +83,7 @@ def write_scenes(folder: Path, images: list[Image.Image], digits: list[int]) -> 
         for kind in ("images", "masks"):
             (folder / part / kind).mkdir(parents=True, exist_ok=True)
         for i in tqdm(range(count), unit="image"):
-            chosen = [pool[j] for j in rng.choice(len(pool), rng.integers(1, 7), replace=False)]
+            chosen = [pool[j] for j in rng.choice(len(pool), rng.integers(1, 3), replace=False)]
             scene, mask = paste_digits(photos[names[i % len(names)]], chosen, rng)
             scene.save(folder / part / "images" / f"{i:03}.png")
             mask.save(folder / part / "masks" / f"{i:03}.png")

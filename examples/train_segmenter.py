@@ -9,10 +9,11 @@ Each photo in the folder IMAGES has a mask of the same name in MASKS: a PNG file
 their index and have the colours of the palette of the first mask.
 
 The protocol is that of the official linear evaluation (dinov2/eval/segmentation): batch norm and a linear layer on the
-normalised patch tokens of the last block or of the last four, logits upsampled bilinearly, cross entropy, AdamW with a
-learning rate of 0.001 after a short warm-up, decayed linearly. It differs in two points: photos keep their aspect ratio,
-and there is no augmentation, so the backbone runs once. Its features are cached in float16, one file per photo, and read
-by memory-mapping. A fifth of the photos is held out, unless --val names others; masks are compared at full resolution.
+normalised patch tokens of the last block or of the last four, logits upsampled bilinearly, cross entropy, and AdamW with
+a short warm-up and a linear decay. Photos keep their aspect ratio and are not augmented, so that the backbone runs once:
+its features are cached in float16, one memory-mapped file per photo. Training is much shorter than the official 40,000
+steps, at ten times the learning rate. A fifth of the photos is held out, unless --val names others; the predicted masks
+are compared with theirs at full resolution.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from masks import IGNORED, Classes, confusion, name_classes, read_classes, read_
 from segment import Segmenter, classify_pixels, patch_features, save, upsample
 
 BATCH = 8  # photos in a step
+LEARNING_RATE = 0.01
 
 Pair = tuple[Path, Path]  # a photo and its mask
 
@@ -50,6 +52,8 @@ def find_pairs(images: Path, masks: Path, classes: Classes | None, ignore: int) 
             return str(error)
         return int(indices[indices != IGNORED].max(initial=0))
 
+    if images.resolve() == masks.resolve():
+        raise ValueError(f"{images}: photos and masks must be in different folders")
     files = []
     for folder in (images, masks):
         if not folder.is_dir():
@@ -111,12 +115,13 @@ def train(model: Segmenter, pairs: list[Pair], files: dict[Path, Path], ignore: 
         mask = np.array(mask.resize((w * P, h * P), Image.Resampling.NEAREST))
         return features, torch.from_numpy(mask).long()
 
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1e-3, steps, pct_start=0.04, anneal_strategy="linear", cycle_momentum=False
+        optimizer, LEARNING_RATE, steps, pct_start=0.04, anneal_strategy="linear", cycle_momentum=False
     )
     model.head.train()
-    order = torch.cat([torch.randperm(len(pairs)) for _ in range(-(-steps * BATCH // len(pairs)))]).tolist()
+    epochs = math.ceil(steps * BATCH / len(pairs))
+    order = torch.cat([torch.randperm(len(pairs)) for _ in range(epochs)]).tolist()
     bar = tqdm(total=steps, unit="step")
     for batch in common.read_ahead(read, common.split_batches(order[: steps * BATCH], BATCH)):
         features, masks = ([tensor.to(device) for tensor in tensors] for tensors in zip(*batch))
@@ -176,9 +181,7 @@ def run(args: argparse.Namespace) -> int:
     if not pairs or not held_out:
         raise ValueError(f"{args.images}: one photo to train on and one to hold out are needed, with masks that can be used")
     if len(classes) < 2:
-        raise ValueError(
-            f"{args.masks}: two classes are needed; the masks hold no index but 0 and {args.ignore}, the ignored"
-        )
+        raise ValueError(f"{args.masks}: the masks hold a single class, 0, and perhaps {args.ignore}, which is ignored")
 
     torch.manual_seed(0)
     model = Segmenter(backbone, classes, args.layers).to(args.device).eval()
@@ -205,7 +208,7 @@ def main() -> int:
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
     add("--size", type=int, default=448, help="side in pixels of a square as large as the resized photo (default: 448)")
     add("--layers", type=int, choices=(1, 4), default=1, help="blocks whose tokens the head sees (default: %(default)s)")
-    add("--steps", type=int, default=1000, help=f"of {BATCH} photos (default: %(default)s)")
+    add("--steps", type=int, default=500, help=f"of {BATCH} photos (default: %(default)s)")
     add("--cache", type=Path, metavar="FOLDER", help="features of the photos (default: IMAGES.features)")
     add("--output", type=Path, default=Path("segmenter.safetensors"), help="default: %(default)s")
     common.add_device(parser)
