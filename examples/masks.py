@@ -13,6 +13,7 @@ import common
 import dinoreg
 
 IGNORED = 255  # the value of pixels without a class in all masks in memory
+GAP = 4  # pixels between the photos of a picture
 
 Colour = tuple[int, int, int]
 Classes = dict[str, Colour]  # in the order of their indices; there are K
@@ -125,9 +126,10 @@ def draw(
     """Photos side by side, under their masks, above a legend of the classes that occur; at most `width` pixels wide."""
     aspects = [photo.width / photo.height for photo, _ in views]
     height = min(photo.height for photo, _ in views)
-    height = min(height, max(1, int(width / sum(aspects))))
+    gaps = GAP * (len(views) - 1)
+    height = min(height, max(1, int((width - gaps) / sum(aspects))))
     panels = [photo.resize((round(height * aspect), height)) for (photo, _), aspect in zip(views, aspects)]
-    width = sum(panel.width for panel in panels)
+    width = sum(panel.width for panel in panels) + gaps
     font, places, x, y = ImageFont.load_default(14), [], 8, height + 8
     for name, share in shares.items():
         if share:
@@ -141,7 +143,7 @@ def draw(
     left, pen = 0, ImageDraw.Draw(picture)
     for panel, (_, mask) in zip(panels, views):
         picture.paste(panel if mask is None else overlay(panel, mask, classes), (left, 0))
-        left += panel.width
+        left += panel.width + GAP
     for x, y, text, colour in places:
         pen.rectangle((x, y, x + 13, y + 13), fill=colour, outline="black")
         pen.text((x + 20, y - 2), text, fill="black", font=font)

@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         counts = np.bincount(mask.flatten(), minlength=len(classes)) / mask.size
         shares = {name: round(share, 4) for name, share in zip(classes, counts.tolist())}
         with dinoreg.atomic(picture_path) as part:
-            masks.draw([*views, (photo, None), (photo, mask)], shares, classes, args.width).save(part)
+            masks.draw([*views, (photo, None), (photo, mask)], shares, classes, args.width).save(part, optimize=True)
         masks.write_mask(mask, mask_path, classes)
         record = {"image": str(image), "mask": str(mask_path), "shares": shares}
         tqdm.write(json.dumps(record), file=sys.stdout)

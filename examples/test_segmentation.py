@@ -411,9 +411,9 @@ def test_the_picture_shows_each_class_in_its_colour():
     mask[:10] = 255
     picture = masks.draw([(photo, None), (photo, mask)], {"blue sky": 0.5, "leaf": 0, "brick": 0.5}, CLASSES, 1000)
     pixels = np.asarray(picture)
-    assert picture.width == 400 and picture.height > 100
-    assert (pixels[:100, :200] == 100).all() and (pixels[:10, 200:400] == 100).all()
-    assert tuple(pixels[50, 250]) == (60, 65, 160) and tuple(pixels[50, 350]) == (160, 65, 60)  # half of both
+    assert picture.width == 404 and picture.height > 100
+    assert (pixels[:100, :200] == 100).all() and (pixels[:10, 204:404] == 100).all()
+    assert tuple(pixels[50, 254]) == (60, 65, 160) and tuple(pixels[50, 354]) == (160, 65, 60)  # half of both
     legend = {tuple(pixel) for pixel in pixels[100:].reshape(-1, 3)}
     assert {CLASSES["blue sky"], CLASSES["brick"]} <= legend and CLASSES["leaf"] not in legend
     narrow = masks.draw([(photo, mask)], {"blue sky": 0.5, "brick": 0.5}, CLASSES, 100)
@@ -457,7 +457,7 @@ def test_one_annotated_photo_is_enough(data, model, call):
     assert status == 0 and not errors and list(record["shares"]) == ["0", "1", "2"]
     assert scores["mean_iou"] > 0.75
     with Image.open(data / "out" / "3x_segments.png") as picture:
-        assert 130 < picture.width < 140  # of the example, the photo and the result, 32 pixels high
+        assert 138 < picture.width < 148  # of the example, the photo and the result, 32 pixels high
 
 
 def test_segmenting_says_what_is_wrong_in_a_line(data, model, call):
