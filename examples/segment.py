@@ -8,8 +8,9 @@ For each photo it writes an overlay with a legend (NAME_segments.png) and the ma
 colours as its palette), and prints a JSON object, {"image": path, "mask": path, "shares": {class: share of the pixels}}.
 
 With --like nothing is trained: each patch takes the classes of the most similar patches of the annotated photo (k-NN on
-normalised patch tokens). Photos are resized to --size. If a side is then longer than --tile, the model sees overlapping
-tiles, whose logits are averaged, so that its memory does not grow with the photo.
+normalised patch tokens). Give the option again for each further example. Photos are resized to --size. If a side is then
+longer than --tile, the model sees overlapping tiles, whose logits are averaged, so that its memory does not grow with the
+photo.
 """
 
 import argparse
@@ -94,19 +95,27 @@ def load(path: Path, device: str) -> Segmenter:
     return model.to(device).eval()
 
 
-def by_example(
-    backbone: dinoreg.DinoVisionTransformer, photo: Path, mask: np.ndarray, size: int, num_classes: int
-) -> Callable[[Tensor], Tensor]:
-    """A function in place of a `Segmenter`: the patches of an annotated photo that are most similar vote."""
+def annotated_patches(
+    backbone: dinoreg.DinoVisionTransformer, photo: Path, mask: np.ndarray, size: int, K: int
+) -> tuple[Tensor, Tensor]:
+    """The features (n, D) of the patches of a photo that are labelled by more than half, and the shares (n, K) of the
+    classes in each."""
     x = dinoreg.preprocess(photo, size, keep_aspect=True, patch_size=backbone.patch_size)
-    known = patch_features(backbone, x[None].to(backbone.pos_embed.device), layers=1)[0]  # (h, w, D)
+    features = patch_features(backbone, x[None].to(backbone.pos_embed.device), layers=1)[0]  # (h, w, D)
     pixels = torch.from_numpy(mask)[None]
-    shares = [F.adaptive_avg_pool2d((pixels == i).float(), known.shape[:2]) for i in range(num_classes)]
-    shares = torch.cat(shares).permute(1, 2, 0).to(known.device)  # (h, w, K): the share of each class in each patch
-    labelled = shares.sum(dim=2) > 0.5
-    if not labelled.any():
-        raise ValueError(f"{photo}: its mask has no labelled pixels")
-    known, shares = known[labelled], shares[labelled]  # (n, D), (n, K)
+    shares = torch.cat([F.adaptive_avg_pool2d((pixels == i).float(), features.shape[:2]) for i in range(K)])  # (K, h, w)
+    labelled = (shares.sum(dim=0) > 0.5).to(features.device)
+    return features[labelled], shares.permute(1, 2, 0).to(features.device)[labelled]
+
+
+def by_example(
+    backbone: dinoreg.DinoVisionTransformer, examples: list[tuple[Path, np.ndarray]], size: int, K: int
+) -> Callable[[Tensor], Tensor]:
+    """A function in place of a `Segmenter`: the most similar patches of annotated photos, given with their masks, vote."""
+    parts = [annotated_patches(backbone, photo, mask, size, K) for photo, mask in examples]
+    known, shares = map(torch.cat, zip(*parts))
+    if not len(known):
+        raise ValueError(f"{examples[0][0]}: its mask has no labelled pixels")
 
     def segment(x: Tensor) -> Tensor:
         features = patch_features(backbone, x, layers=1)
@@ -174,10 +183,12 @@ def run(args: argparse.Namespace) -> int:
     if min(size, args.tile) < P:
         raise ValueError(f"--size and --tile must be at least {P}, the side of a patch")
     if args.like:
-        photo, mask_path = args.like
-        mask = masks.read_mask(mask_path, photo, classes, args.ignore)
-        classes = classes or masks.name_classes(int(mask[mask != masks.IGNORED].max(initial=0)) + 1, mask_path)
-        segment = by_example(backbone, photo, mask, size, len(classes))
+        examples = [(photo, masks.read_mask(mask, photo, classes, args.ignore)) for photo, mask in args.like]
+        if classes is None:
+            largest = max(int(mask[mask != masks.IGNORED].max(initial=0)) for _, mask in examples)
+            classes = masks.name_classes(largest + 1, args.like[0][1])
+        segment = by_example(backbone, examples, size, len(classes))
+        photo, mask = examples[0]
         with masks.open_image(photo) as image:
             views = [(dinoreg.to_rgb(image), mask)]
     args.output.mkdir(parents=True, exist_ok=True)
@@ -215,9 +226,8 @@ def main() -> int:
     add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", type=Path, metavar="FILE", help="what train_segmenter.py wrote")
-    source.add_argument(
-        "--like", type=Path, nargs=2, metavar=("PHOTO", "MASK"), help="an annotated photo, in place of --weights"
-    )
+    names = ("PHOTO", "MASK")
+    source.add_argument("--like", type=Path, nargs=2, action="append", metavar=names, help="an annotated photo, or several")
     add("--model", default="vits14_reg", help="backbone for --like: an official model or a file (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names for --like: one in each line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels in masks (default: 255)")

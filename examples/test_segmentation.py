@@ -432,7 +432,7 @@ def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
     mask[:, :9] = 255  # columns 0 and 1 of the patches, and a quarter of column 2
     query = torch.randn(1, 3, 20, 28)
     with torch.inference_mode():
-        found = segment.by_example(model, tmp_path / "photo.png", mask, 39, 3)(query)
+        found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 39, 3)(query)
         x = dinoreg.preprocess(tmp_path / "photo.png", 39, keep_aspect=True, patch_size=4)
         known, asked = (F.normalize(model.get_intermediate_layers(y)[0][0], dim=1) for y in (x[None], query))
     assert x.shape == (3, 32, 48) and found.shape == (1, 5, 7, 3)
@@ -458,6 +458,21 @@ def test_one_annotated_photo_is_enough(data, model, call):
     assert scores["mean_iou"] > 0.75
     with Image.open(data / "out" / "3x_segments.png") as picture:
         assert 138 < picture.width < 148  # of the example, the photo and the result, 32 pixels high
+
+
+def test_several_annotated_photos_complete_each_other(data, model, call):
+    like = []
+    for i, hidden in ((0, 1), (3, 2)):  # no leaf in the first, no brick in the second
+        mask = np.array(Image.open(data / "masks" / f"{i}.png"))
+        save_mask(np.where(mask == hidden, 255, mask).astype(np.uint8), data / f"{i}.png")
+        like += ["--like", data / "images" / f"{i}.png", data / f"{i}.png"]
+    arguments = ["--model", model, "--size", 60, "--truth", data / "masks", "--output", data / "out"]
+    for count in (3, 6):
+        status, out, errors = call(
+            segment, data / "images" / "6.png", *like[:count], *arguments, "--classes", data / "classes.txt"
+        )
+        assert status == 0 and not errors
+        assert (json.loads(out.splitlines()[-1])["iou"]["leaf"] > 0.7) == (count == 6)
 
 
 def test_segmenting_says_what_is_wrong_in_a_line(data, model, call):
@@ -518,11 +533,11 @@ def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
 def test_pasted_digits_have_their_exact_mask():
     train_digits = pytest.importorskip("train_digits")
     rng = np.random.default_rng(0)
-    photo = Image.new("RGB", (400, 400), (255, 255, 255))
+    photo = Image.new("RGB", (700, 200), (255, 255, 255))
     bar = Image.new("L", (28, 28))
     bar.paste(255, (10, 4, 18, 24))
-    image, mask = train_digits.paste_digits(photo, [(bar, 7), (bar, 0), (bar, 7)], rng, columns=2, rows=2)
-    assert image.size == mask.size == (336, 336) and set(np.unique(mask)) == {0, 1, 8}
+    image, mask = train_digits.paste_digits(photo, [(bar, 7), (bar, 0), (bar, 7)], rng, columns=4)
+    assert image.size == mask.size == (672, 168) and set(np.unique(mask)) == {0, 1, 8}
     painted = (np.asarray(image).astype(int) != 255).any(axis=2)
     index = np.asarray(mask)
     assert painted[index > 0].all() and painted[index == 0].mean() < 0.05  # the rim is half transparent

@@ -50,16 +50,16 @@ def load_digits() -> tuple[list[Image.Image], Tensor]:
 
 
 def paste_digits(
-    photo: Image.Image, digits: list[tuple[Image.Image, int]], rng: np.random.Generator, columns: int = 2, rows: int = 1
+    photo: Image.Image, digits: list[tuple[Image.Image, int]], rng: np.random.Generator, columns: int = 2
 ) -> tuple[Image.Image, Image.Image]:
     """A random window of a photo with digits in random sizes and colours, and its mask: 0 is the photo, 1 + i digit i."""
-    width, height = size = CELL * columns, CELL * rows  # a cell has one digit at most, so that no digit hides another
-    left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
-    scene, mask = photo.crop((left, top, left + width, top + height)), Image.new("P", size)
+    width = CELL * columns
+    left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - CELL + 1)
+    scene, mask = photo.crop((left, top, left + width, top + CELL)), Image.new("P", (width, CELL))
     mask.putpalette(bytes.fromhex("000000" + "".join(COLOURS).replace("#", "")))
-    for cell, (image, digit) in zip(rng.permutation(columns * rows), digits):
+    for column, (image, digit) in zip(rng.permutation(columns), digits):  # one at most, so that no digit hides another
         side = int(rng.integers(CELL * 3 // 4, CELL + 1))
-        x, y = (int(CELL * i + rng.integers(0, CELL + 1 - side)) for i in (cell % columns, cell // columns))
+        x, y = (int(start + rng.integers(0, CELL + 1 - side)) for start in (CELL * column, 0))
         shape = image.resize((side, side), Image.Resampling.BICUBIC)
         scene.paste(tuple(rng.integers(0, 256, 3).tolist()), (x, y), shape)
         mask.paste(1 + digit, (x, y), shape.point(lambda value: 255 * (value > 127), "1"))
@@ -67,24 +67,29 @@ def paste_digits(
 
 
 def write_scenes(folder: Path, images: list[Image.Image], digits: list[int]) -> None:
-    """400 photos with digits in them and their masks to train on, 100 to hold out, one with all ten digits, and the names
-    of the classes. The two parts, of different digits and different photos, have no pixel in common."""
-    photos = {name: Image.open(HERE / "images" / f"{name}.jpg") for name in ("astronaut", "chelsea", "coffee")}
-    photos |= {name: Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("flower", "china")}
-    photos["hopper"] = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    """400 photos with one or two digits each and their masks to train on, 100 to hold out, five that show each digit once,
+    and the names of the classes. What is held out has other digits and other photos than the rest."""
     rng, pairs = np.random.default_rng(0), list(zip(images, digits))
-    example = [next(pair for pair in pairs if pair[1] == digit) for digit in range(10)]
-    (folder / "example").mkdir(parents=True, exist_ok=True)
-    scene, mask = paste_digits(photos["coffee"].resize((900, 600)), example, rng, columns=5, rows=2)
-    scene.save(folder / "example" / "image.png")
-    mask.save(folder / "example" / "mask.png")
-    training, held_out = ("astronaut", "chelsea", "coffee", "flower"), ("china", "hopper")
-    for part, names, pool, count in (("train", training, pairs[:4000], 400), ("val", held_out, pairs[4000:], 100)):
+
+    def draw(pool: list[tuple[Image.Image, int]], count: int) -> list[list[tuple[Image.Image, int]]]:
+        return [[pool[i] for i in rng.choice(len(pool), rng.integers(1, 3), replace=False)] for _ in range(count)]
+
+    each = [next(pair for pair in pairs if pair[1] == digit) for digit in range(10)]
+    photos = [Image.open(HERE / "images" / f"{name}.jpg") for name in ("astronaut", "chelsea", "coffee")]
+    photos.append(Image.fromarray(load_sample_image("flower.jpg")))
+    others = [
+        Image.fromarray(load_sample_image("china.jpg")),
+        Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)),
+    ]
+    for part, backgrounds, scenes in (
+        ("train", photos, draw(pairs[:4000], 400)),
+        ("val", others, draw(pairs[4000:], 100)),
+        ("example", photos, [each[i : i + 2] for i in range(0, 10, 2)]),
+    ):
         for kind in ("images", "masks"):
             (folder / part / kind).mkdir(parents=True, exist_ok=True)
-        for i in tqdm(range(count), unit="image"):
-            chosen = [pool[j] for j in rng.choice(len(pool), rng.integers(1, 3), replace=False)]
-            scene, mask = paste_digits(photos[names[i % len(names)]], chosen, rng)
+        for i, chosen in enumerate(tqdm(scenes, unit="image")):
+            scene, mask = paste_digits(backgrounds[i % len(backgrounds)], chosen, rng)
             scene.save(folder / part / "images" / f"{i:03}.png")
             mask.save(folder / part / "masks" / f"{i:03}.png")
     lines = [f"{name} {colour}" for name, colour in zip(["background", *LABELS], ["#000000", *COLOURS])]
