@@ -1,16 +1,15 @@
-"""Segment photos with a linear layer that train_segmenter.py trained, or by the example of one annotated photo.
+"""Segment photos with a linear head from train_segmenter.py, or by the example of an annotated photo.
 
     pip install -e ".[examples]"
     python examples/segment.py PHOTO... --weights mine.safetensors
     python examples/segment.py PHOTO... --like annotated.jpg mask.png --classes classes.txt
 
 For each photo it writes an overlay with a legend (NAME_segments.png) and the mask (NAME_mask.png: class indices, with the
-colours as its palette), and prints a JSON object, {"image": path, "mask": path, "shares": {class: share of the pixels}}.
+colours as palette), and prints a JSON object, {"image": path, "mask": path, "shares": {class: share of the pixels}}.
 
-With --like nothing is trained: each patch takes the classes of the most similar patches of the annotated photo (k-NN on
-normalised patch tokens). Give the option again for each further example. Photos are resized to --size. If a side is then
-longer than --tile, the model sees overlapping tiles, whose logits are averaged, so that its memory does not grow with the
-photo.
+--like needs no training: the 20 most similar patches of the annotated photos vote on the class of each patch (k-NN by the
+cosine similarity of patch tokens). Photos are resized to --size. If a side is then longer than --tile, the model sees
+overlapping tiles and their logits are averaged, so that the memory of a forward pass does not grow with the photo.
 """
 
 import argparse
@@ -43,6 +42,29 @@ def patch_features(backbone: dinoreg.DinoVisionTransformer, x: Tensor, layers: i
     """Normalised patch tokens of the last blocks, concatenated: (B, 3, H, W) -> (B, h, w, layers * D)."""
     tokens = torch.cat(backbone.get_intermediate_layers(x, layers), dim=-1)
     return tokens.unflatten(1, backbone.image_grid(x))
+
+
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a length, evenly spaced, each overlapping the next by a third or more."""
+    count = 1 + math.ceil(max(0, length - tile) / max(1, tile * 2 // 3))
+    return torch.linspace(0, max(0, length - tile), count).round().int().tolist()
+
+
+def run_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, P: int) -> Tensor:
+    """What a function (B, 3, H, W) -> (B, h, w, K) gives for an image (3, H, W), computed in tiles: (h, w, K).
+
+    Tiles have at most `tile` patches a side, of P pixels each. Where they overlap, the result is their mean.
+    """
+    h, w = (side // P for side in x.shape[1:])
+    total, count = 0, 0
+    for top in tile_starts(h, tile):
+        for left in tile_starts(w, tile):
+            output = function(x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P])[0]
+            rows, columns, _ = output.shape
+            margins = (0, 0, left, w - left - columns, top, h - top - rows)
+            total = total + F.pad(output, margins)
+            count = count + F.pad(torch.ones_like(output[..., :1]), margins)
+    return total / count
 
 
 class Segmenter(nn.Module):
@@ -95,60 +117,40 @@ def load(path: Path, device: str) -> Segmenter:
     return model.to(device).eval()
 
 
-def annotated_patches(
-    backbone: dinoreg.DinoVisionTransformer, photo: Path, mask: np.ndarray, size: int, K: int
-) -> tuple[Tensor, Tensor]:
-    """The features (n, D) of the patches of a photo that are labelled by more than half, and the shares (n, K) of the
-    classes in each."""
-    x = dinoreg.preprocess(photo, size, keep_aspect=True, patch_size=backbone.patch_size)
-    features = patch_features(backbone, x[None].to(backbone.pos_embed.device), layers=1)[0]  # (h, w, D)
-    pixels = torch.from_numpy(mask)[None]
-    shares = torch.cat([F.adaptive_avg_pool2d((pixels == i).float(), features.shape[:2]) for i in range(K)])  # (K, h, w)
-    labelled = (shares.sum(dim=0) > 0.5).to(features.device)
-    return features[labelled], shares.permute(1, 2, 0).to(features.device)[labelled]
-
-
 def by_example(
-    backbone: dinoreg.DinoVisionTransformer, examples: list[tuple[Path, np.ndarray]], size: int, K: int
+    backbone: dinoreg.DinoVisionTransformer, examples: list[tuple[Path, np.ndarray]], size: int, tile: int, K: int
 ) -> Callable[[Tensor], Tensor]:
-    """A function in place of a `Segmenter`: the most similar patches of annotated photos, given with their masks, vote."""
-    parts = [annotated_patches(backbone, photo, mask, size, K) for photo, mask in examples]
-    known, shares = map(torch.cat, zip(*parts))
+    """A function in place of a `Segmenter`: the most similar patches of annotated photos, given with their masks, vote.
+
+    They vote for the classes of their pixels, by share. Patches that are labelled by less than half have no vote.
+    """
+
+    def features(x: Tensor) -> Tensor:
+        return patch_features(backbone, x, layers=1)
+
+    known, shares, device = [], [], backbone.pos_embed.device
+    for photo, mask in examples:
+        x = dinoreg.preprocess(photo, size, keep_aspect=True, patch_size=backbone.patch_size).to(device)
+        tokens = run_tiles(features, x, tile, backbone.patch_size)  # (h, w, D)
+        pixels = torch.from_numpy(mask)[None]
+        share = [F.adaptive_avg_pool2d((pixels == i).float(), tokens.shape[:2]) for i in range(K)]
+        share = torch.cat(share).permute(1, 2, 0).to(device)  # (h, w, K)
+        labelled = share.sum(dim=2) > 0.5
+        known.append(tokens[labelled])
+        shares.append(share[labelled])
+    known, shares = torch.cat(known), torch.cat(shares)  # (n, D), (n, K)
     if not len(known):
         raise ValueError(f"{examples[0][0]}: its mask has no labelled pixels")
 
     def segment(x: Tensor) -> Tensor:
-        features = patch_features(backbone, x, layers=1)
-        return common.vote(known, shares, features.flatten(0, 2), NEIGHBOURS).unflatten(0, features.shape[:3])
+        tokens = features(x)
+        return common.vote(known, shares, tokens.flatten(0, 2), NEIGHBOURS).unflatten(0, tokens.shape[:3])
 
     return segment
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a photo to the class of each pixel
-
-
-def tile_starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin that cover a length, evenly spaced, each overlapping the next by a third or more."""
-    count = 1 + math.ceil(max(0, length - tile) / max(1, tile * 2 // 3))
-    return torch.linspace(0, max(0, length - tile), count).round().int().tolist()
-
-
-def segment_tiles(segment: Callable[[Tensor], Tensor], x: Tensor, tile: int, P: int) -> Tensor:
-    """Logits (h, w, K) of an image (3, H, W) from tiles of at most `tile` patches a side; their mean where they overlap.
-
-    P is the side of a patch.
-    """
-    h, w = (side // P for side in x.shape[1:])
-    total, count = 0, 0
-    for top in tile_starts(h, tile):
-        for left in tile_starts(w, tile):
-            logits = segment(x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P])[0]
-            rows, columns, _ = logits.shape
-            margins = (0, 0, left, w - left - columns, top, h - top - rows)
-            total = total + F.pad(logits, margins)
-            count = count + F.pad(torch.ones_like(logits[..., :1]), margins)
-    return total / count
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -180,6 +182,7 @@ def run(args: argparse.Namespace) -> int:
         backbone, size = common.load_backbone(args.model, args.device), args.size or 518
         classes = masks.read_classes(args.classes) if args.classes else None
     P = backbone.patch_size
+    tile = args.tile // P
     if min(size, args.tile) < P:
         raise ValueError(f"--size and --tile must be at least {P}, the side of a patch")
     if args.like:
@@ -187,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         if classes is None:
             largest = max(int(mask[mask != masks.IGNORED].max(initial=0)) for _, mask in examples)
             classes = masks.name_classes(largest + 1, args.like[0][1])
-        segment = by_example(backbone, examples, size, len(classes))
+        segment = by_example(backbone, examples, size, tile, len(classes))
         photo, mask = examples[0]
         with masks.open_image(photo) as image:
             views = [(dinoreg.to_rgb(image), mask)]
@@ -204,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(f"segment: {image}: {common.reason(error)}", file=sys.stderr)
             failed += 1
             continue
-        logits = segment_tiles(segment, x.to(args.device), args.tile // P, P)
+        logits = run_tiles(segment, x.to(args.device), tile, P)
         mask = classify_pixels(logits, photo.height, photo.width)
         if truth is not None:
             confusions = confusions + masks.confusion(truth, mask, len(classes))
@@ -225,18 +228,26 @@ def main() -> int:
     add = parser.add_argument
     add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", type=Path, metavar="FILE", help="what train_segmenter.py wrote")
+    source.add_argument("--weights", type=Path, metavar="FILE", help="a file written by train_segmenter.py")
     names = ("PHOTO", "MASK")
-    source.add_argument("--like", type=Path, nargs=2, action="append", metavar=names, help="an annotated photo, or several")
+    source.add_argument(
+        "--like", type=Path, nargs=2, action="append", metavar=names, help="an annotated photo (may be repeated)"
+    )
     add("--model", default="vits14_reg", help="backbone for --like: an official model or a file (default: %(default)s)")
-    add("--classes", type=Path, metavar="FILE", help="class names for --like: one in each line, with or without #rrggbb")
+    add("--classes", type=Path, metavar="FILE", help="class names for --like: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels in masks (default: 255)")
-    default = "that of the training; 518 for --like"
+    default = "as in training; 518 with --like"
     add("--size", type=int, help=f"side in pixels of a square as large as the resized photo (default: {default})")
-    add("--tile", type=int, default=1022, help="longest side in pixels that the model sees at once (default: %(default)s)")
-    add("--truth", type=Path, metavar="FOLDER", help="the true masks, NAME.png: also print mean IoU and pixel accuracy")
-    add("--width", type=int, default=1000, help="of the pictures, in pixels, at most (default: %(default)s)")
-    add("--output", type=Path, default=Path("segments"), metavar="FOLDER", help="default: %(default)s")
+    add("--tile", type=int, default=1022, help="largest side in pixels of a tile (default: %(default)s)")
+    add("--truth", type=Path, metavar="FOLDER", help="true masks, NAME.png: print mean IoU and pixel accuracy at the end")
+    add("--width", type=int, default=1000, help="maximum width of the overlays in pixels (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("segments"),
+        metavar="FOLDER",
+        help="of overlays and masks (default: %(default)s)",
+    )
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 

@@ -320,7 +320,7 @@ def test_tiles_give_what_the_whole_image_gives():
         whole = model(x[None])[0]
         for tile in (1, 5, 9, 13, 22, 99):
             seen.clear()
-            torch.testing.assert_close(segment.segment_tiles(spy, x, tile, 4), whole, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(segment.run_tiles(spy, x, tile, 4), whole, atol=1e-5, rtol=1e-4)
             assert max(max(shape) for shape in seen) == 4 * min(tile, 22)
     assert seen == [(52, 88)]  # one tile, if the image fits
 
@@ -432,7 +432,7 @@ def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
     mask[:, :9] = 255  # columns 0 and 1 of the patches, and a quarter of column 2
     query = torch.randn(1, 3, 20, 28)
     with torch.inference_mode():
-        found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 39, 3)(query)
+        found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 39, 99, 3)(query)
         x = dinoreg.preprocess(tmp_path / "photo.png", 39, keep_aspect=True, patch_size=4)
         known, asked = (F.normalize(model.get_intermediate_layers(y)[0][0], dim=1) for y in (x[None], query))
     assert x.shape == (3, 32, 48) and found.shape == (1, 5, 7, 3)

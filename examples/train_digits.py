@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="write one held-out digit of each kind into this folder")
     parser.add_argument("--folders", type=Path, help="only write 1,000 digits into this folder, in one of each digit's name")
     parser.add_argument(
-        "--scenes", type=Path, help="only write photos with digits in them into this folder, and their masks"
+        "--scenes", type=Path, help="only write photos with digits pasted in, and their masks, into this folder"
     )
     parser.add_argument("--epochs", type=int, default=90, help="default: %(default)s")
     common.add_device(parser)
