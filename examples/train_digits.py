@@ -67,8 +67,11 @@ def paste_digits(
 
 
 def write_scenes(folder: Path, images: list[Image.Image], digits: list[int]) -> None:
-    """400 photos with one or two digits each and their masks to train on, 100 to hold out, five that show each digit once,
-    and the names of the classes. What is held out has other digits and other photos than the rest."""
+    """400 photos with one or two digits each to train on, 100 to hold out, and five that show each digit once.
+
+    Held-out scenes have other digits and other photos than the rest. `masks` tell the ten digits apart, with names in
+    classes.txt; `shapes` have two classes, the photo and any digit.
+    """
     rng, pairs = np.random.default_rng(0), list(zip(images, digits))
 
     def draw(pool: list[tuple[Image.Image, int]], count: int) -> list[list[tuple[Image.Image, int]]]:
@@ -86,12 +89,13 @@ def write_scenes(folder: Path, images: list[Image.Image], digits: list[int]) -> 
         ("val", others, draw(pairs[4000:], 100)),
         ("example", photos, [each[i : i + 2] for i in range(0, 10, 2)]),
     ):
-        for kind in ("images", "masks"):
+        for kind in ("images", "masks", "shapes"):
             (folder / part / kind).mkdir(parents=True, exist_ok=True)
         for i, chosen in enumerate(tqdm(scenes, unit="image")):
             scene, mask = paste_digits(backgrounds[i % len(backgrounds)], chosen, rng)
             scene.save(folder / part / "images" / f"{i:03}.png")
             mask.save(folder / part / "masks" / f"{i:03}.png")
+            mask.point([0] + [1] * 255).save(folder / part / "shapes" / f"{i:03}.png")
     lines = [f"{name} {colour}" for name, colour in zip(["background", *LABELS], ["#000000", *COLOURS])]
     (folder / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
