@@ -29,6 +29,7 @@ import ctypes
 import dataclasses
 import http.client
 import io
+import itertools
 import json
 import logging
 import math
@@ -72,14 +73,14 @@ class Config:
     mlp_ratio: float = 4.0  # hidden width of the feed-forward layer, in units of D
     ffn: str = "mlp"  # "mlp" or "swiglu"
     patch_size: int = 14  # pixels
-    image_size: int | tuple[int, int] = 518  # pixels: side, or (H, W), of the images the position embedding is made for
-    crop_size: int = 224  # pixels: the side of the square that the evaluation transform cuts out
+    image_size: int | tuple[int, int] = 518  # pixels: side, or (H, W), that the position embedding is stored for
+    crop_size: int = 224  # pixels: side of the centre crop in the evaluation transform
     in_chans: int = 3  # C
     num_register_tokens: int = 4  # R
     layerscale_init: float = 1.0  # as the official models are built; their training began at 1e-5
-    drop_path_rate: float = 0.0  # stochastic depth of the last block in training; it grows linearly from 0 in the first
-    interpolate_antialias: bool = True  # how the position embedding is resized to another grid
-    interpolate_offset: float = 0.0  # added to the wanted grid before the scale is computed
+    drop_path_rate: float = 0.0  # stochastic depth: rate of the last block; it rises linearly from 0 in the first
+    interpolate_antialias: bool = True  # of the position embedding, when it is resized to another grid
+    interpolate_offset: float = 0.0  # added to that grid's sides before the scale factor is computed
 
     def __post_init__(self):
         def require(field: str, valid: bool, allowed: str):
@@ -106,7 +107,7 @@ class Config:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) of the images that the position embedding is made for."""
+        """(h, w) of the position embedding."""
         H, W = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         return H // self.patch_size, W // self.patch_size
 
@@ -146,8 +147,8 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-# Images of different sizes share one pass: their tokens are the rows of one matrix. Only attention separates them, by
-# their shapes: [(B, N), ...].
+# Images of different sizes share one forward pass: their tokens are packed into one matrix. Only attention mixes tokens,
+# so only attention has to separate the images again, by these shapes: [(B, N), ...].
 Shapes = list[tuple[int, int]]
 
 
@@ -172,7 +173,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, shapes: Shapes | None = None, queries: int | None = None) -> Tensor:
-        """With shapes, x is packed and each image attends to itself only. With queries, only the first `queries` tokens
+        """With shapes, x is packed, and attention stays within each image. With queries, only the first `queries` tokens
         of each image are computed: (B, queries, D)."""
         qkv = self.qkv(x)
         x = self.attend(qkv, queries) if shapes is None else pack([self.attend(part) for part in unpack(qkv, shapes)])
@@ -184,7 +185,7 @@ class Attention(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
     def rows(self, x: Tensor, queries: int) -> Tensor:
-        """The attention of the first tokens to all tokens: (B, N, D) -> (B, A, queries, N), float32."""
+        """Attention of the first `queries` tokens to all tokens: (B, N, D) -> (B, A, queries, N), float32."""
         q, k, _ = self.split_heads(self.qkv(x))
         scores = q[:, :, :queries] @ k.mT / math.sqrt(q.shape[-1])
         return scores.softmax(dim=-1, dtype=torch.float32)
@@ -273,8 +274,8 @@ class DinoVisionTransformer(nn.Module):
     """DINOv2, with or without registers: a drop-in for what `torch.hub.load("facebookresearch/dinov2", ...)` returns.
 
     Without registers, large models store global information in a few background patches, whose tokens become outliers of
-    high norm and spoil feature and attention maps. Registers are extra learnt tokens that take over this role; they are
-    computed like all others, and left out of what the model is used for (Darcet et al., section 2).
+    high norm and show up as artifacts in feature and attention maps. Registers are extra learnt tokens that take over this
+    role; they go through all blocks like the other tokens, and are discarded at the output (Darcet et al., section 2).
 
     Parameters, attributes and methods have the names and meanings of the official class of the same name. Images are
     (B, C, H, W) in the dtype of the weights or float32, normalised as `preprocess` does; H and W are multiples of the
@@ -321,7 +322,7 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def prepare_tokens_with_masks(self, x: Images, masks: Any = None) -> Any:
-        """Images to tokens: (B, C, H, W) -> (B, N, D). Patches where masks (B, h * w; bool) is True are replaced.
+        """Images to tokens: (B, C, H, W) -> (B, N, D). The mask token replaces patches where masks (B, h * w; bool) is True.
 
         A list or tuple of images, with as many masks or None, returns a list.
         """
@@ -343,7 +344,7 @@ class DinoVisionTransformer(nn.Module):
         return torch.cat([prefix.expand(x.shape[0], -1, -1), patches + pos_embed[:, 1:]], dim=1)
 
     def image_grid(self, x: Tensor) -> tuple[int, int]:
-        """The grid (h, w) of a batch of images (B, C, H, W); a ValueError if it is no such batch."""
+        """The grid (h, w) of a batch of images (B, C, H, W). Raises a ValueError for any other input."""
         C = self.config.in_chans
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != C or not x.is_floating_point():
             found = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -351,7 +352,7 @@ class DinoVisionTransformer(nn.Module):
         return self.to_grid(*x.shape[2:])
 
     def to_grid(self, H: int, W: int) -> tuple[int, int]:
-        """The grid (h, w) of the patches of an image; a ValueError if it cannot be cut into such."""
+        """The grid (h, w) of an image. Raises a ValueError unless its sides are multiples of the patch size."""
         P = self.patch_size
         if H % P or W % P or H == 0 or W == 0:
             nearest = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
@@ -363,12 +364,12 @@ class DinoVisionTransformer(nn.Module):
         grid = self.config.grid
         if (h, w) == grid:
             return self.pos_embed
-        # With an offset, the official code samples at a scale computed from it, not from the sizes: a small shift that
-        # these models were trained with. In float32, as bicubic weights in half precision are too coarse.
+        # With an offset, the official code passes a scale factor instead of a size, which shifts the sampling points a
+        # little; models without registers were trained so. In float32: bicubic weights are too coarse in half precision.
         offset = self.config.interpolate_offset
         target = {"scale_factor": ((h + offset) / grid[0], (w + offset) / grid[1])} if offset else {"size": (h, w)}
         cls, patches = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:].float()
-        # Channels last: PyTorch (2.14) resizes contiguous tensors to a single column of patches wrongly.
+        # Channels last, as PyTorch (2.14) computes a wrong result for contiguous tensors and a single column of patches.
         patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         patches = F.interpolate(patches, mode="bicubic", antialias=self.config.interpolate_antialias, **target)
         return torch.cat([cls, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(self.pos_embed.dtype)
@@ -376,12 +377,11 @@ class DinoVisionTransformer(nn.Module):
     def run_blocks(self, x: Tensor | list[Tensor], wanted: Collection[int]) -> list:
         """Tokens (B, N, D), or a list of such, through the blocks: the outputs of the wanted blocks, in block order."""
         if isinstance(x, list):
-            # Neighbours with as many tokens are one batch to attention.
-            order = sorted(range(len(x)), key=lambda i: x[i].shape[1])
+            order = sorted(range(len(x)), key=lambda i: x[i].shape[1])  # those with equal N share one attention call
             images = [(len(x[i]), x[i].shape[1]) for i in order]
-            shapes = [(sum(B for B, n in images if n == N), N) for N in dict.fromkeys(n for _, n in images)]
-            packed = self.run_packed(pack([x[i] for i in order]), wanted, shapes)
-            return [[part for _, part in sorted(zip(order, unpack(out, images)))] for out in packed]
+            shapes = [(sum(B for B, _ in same), N) for N, same in itertools.groupby(images, key=lambda shape: shape[1])]
+            outputs = self.run_packed(pack([x[i] for i in order]), wanted, shapes)
+            return [[part for _, part in sorted(zip(order, unpack(out, images)))] for out in outputs]
         return self.run_packed(x, wanted)
 
     def run_packed(self, x: Tensor, wanted: Collection[int], shapes: Shapes | None = None) -> list[Tensor]:
@@ -411,11 +411,11 @@ class DinoVisionTransformer(nn.Module):
         }
 
     def forward_features(self, x: Images, masks: Any = None) -> Any:
-        """All features of images (B, C, H, W), as a dict; patches under masks (B, h * w; bool) are hidden.
+        """All output tokens of images (B, C, H, W), as a dict. Patches where masks (B, h * w; bool) is True are masked.
 
         x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
-        final norm; x_prenorm (B, N, D) has all of them before it; masks is the argument. A list of images of different
-        sizes, with a list of masks or None, takes one pass and returns a list of dicts.
+        final norm, x_prenorm (B, N, D) all tokens before it, and masks the argument. A list of images of different sizes,
+        with a list of masks or None, takes one forward pass and returns a list of dicts.
         """
         (tokens,) = self.run_blocks(self.prepare_tokens_with_masks(x, masks), wanted=[self.n_blocks - 1])
         if isinstance(tokens, list):
@@ -423,7 +423,7 @@ class DinoVisionTransformer(nn.Module):
         return self.name_features(tokens, masks)
 
     def forward(self, x: Images, masks: Any = None, is_training: bool = False) -> Any:
-        """Images (B, C, H, W) -> normalised CLS token (B, D); or, if is_training, what `forward_features` returns.
+        """Images (B, C, H, W) -> normalised CLS token (B, D), or the dict of `forward_features` if is_training.
 
         The CLS tokens of a list of images are concatenated.
         """
@@ -447,10 +447,10 @@ class DinoVisionTransformer(nn.Module):
     def get_intermediate_layers(
         self, x: Tensor, n: int | Collection[int] = 1, reshape=False, return_class_token=False, norm=True
     ) -> tuple:
-        """Patch tokens of images (B, C, H, W) after each of the last n blocks, or after the blocks that n lists.
+        """Patch tokens of images (B, C, H, W) after each of the last n blocks, or of the blocks whose indices n lists.
 
-        In block order, each (B, h * w, D), or (B, D, h, w) if reshape; after the final norm if norm; paired with the CLS
-        token (B, D) if return_class_token. Raises a ValueError for a block that does not exist.
+        A tuple in block order: each (B, h * w, D), or (B, D, h, w) if reshape; with the final norm applied if norm; paired
+        with the CLS token (B, D) if return_class_token. Raises a ValueError for a block that does not exist.
         """
         blocks = range(self.n_blocks)
         wanted = blocks[-n:] if isinstance(n, int) else n
@@ -467,8 +467,8 @@ class DinoVisionTransformer(nn.Module):
     def attention_maps(self, x: Tensor, layer: int | Sequence[int] = -1) -> Tensor | list[Tensor]:
         """Attention of CLS and of each register to the patches of images (B, C, H, W): (B, A, 1 + R, h, w), float32.
 
-        layer is the index of a block, counted from the end if negative; several return a list. The softmax is over all
-        tokens. Only these rows of the attention matrix are computed.
+        layer is the index of a block, counted from the end if negative, or a list of such, which returns a list of maps.
+        The softmax is over all tokens. Only these rows of the attention matrix are computed.
         """
         layers = [layer] if isinstance(layer, int) else layer
         if not layers or not all(-self.n_blocks <= i < self.n_blocks for i in layers):
@@ -497,9 +497,9 @@ class DinoVisionTransformer(nn.Module):
 class LinearClassifier(nn.Module):
     """A linear layer on a backbone's features, as in the official `dinov2_*_lc`: (B, C, H, W) -> (B, num_classes).
 
-    Its input is the CLS token after each of the last `layers` blocks (officially 1 or 4) and the mean patch token,
-    without registers, after the last. A list of images of different sizes takes one pass; the rows of all are
-    concatenated. `labels` are the class names, or None.
+    Its input is the CLS token of each of the last `layers` blocks (officially 1 or 4) and the mean patch token of the
+    last, registers excluded; the final norm is applied to all. A list of images of different sizes takes one forward pass;
+    their rows are concatenated. `labels` are the class names, or None.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, num_classes: int, layers: int = 1):
@@ -557,6 +557,17 @@ def preprocess(
 
     All PIL modes are accepted; the EXIF orientation is applied. Raises OSError or ValueError if decoding fails.
     """
+    return normalize(read_pixels(image, size, keep_aspect, patch_size, fast))
+
+
+def read_pixels(
+    image: str | os.PathLike | bytes | Image.Image,
+    size: int = 224,
+    keep_aspect: bool = False,
+    patch_size: int = 14,
+    fast: bool = False,
+) -> Tensor:
+    """The resized and cropped pixels that `preprocess` normalises: (3, H, W), uint8."""
     short = size * 8 // 7
     try:
         if isinstance(image, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(image).st_mode):
@@ -581,9 +592,14 @@ def preprocess(
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W), uint8
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
-    return pixels.float().div(255).sub(mean).div(std)
+    # Transposed by NumPy: in a worker thread, PyTorch would start a team of OpenMP threads beside the model's.
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """Pixels (..., 3, H, W), uint8 -> float32, by ImageNet's mean and standard deviation of each channel."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device)[..., None, None]
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -591,7 +607,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # Files of deep greys do not define white: take the smallest usual value that no pixel exceeds.
+        # Such files do not define white: take the smallest usual value that no pixel exceeds.
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = next((white for white in (1, 255) if grey.max() <= white), 65535)
         image = Image.fromarray((grey.clip(0, white) * (255 / white)).round().astype(np.uint8))
@@ -615,12 +631,12 @@ def load(
 ) -> DinoVisionTransformer | LinearClassifier:
     """A trained model, in eval mode.
 
-    A name is that of an official model, with or without "dinov2_" in front: a backbone ("vits14_reg", any of `CONFIGS`)
-    or its ImageNet-1k classifier ("vits14_reg_lc"; layers, 1 or 4, is for these alone). Its files are downloaded into
+    Names are those of the official models, with or without "dinov2_" in front: a backbone ("vits14_reg", any of `CONFIGS`)
+    or its ImageNet-1k classifier ("vits14_reg_lc"), whose head uses 1 or 4 layers. Their files are downloaded into
     torch.hub's cache unless they are there. A path is a file that `save` wrote, or a .pth with the official parameter
-    names. Weights are memory-mapped; they are copied only to another device or dtype (None keeps the file's).
+    names. Weights are memory-mapped, and copied only to another device or dtype (None keeps the file's).
 
-    Raises OSError if a file is missing or cannot be downloaded, ValueError if its contents are no such model.
+    Raises OSError if a file is missing or cannot be downloaded, ValueError if its contents are not such a model.
     """
     name = str(name_or_path).removeprefix("dinov2_")
     model = load_official(name, layers) if name.removesuffix("_lc") in CONFIGS else load_file(name_or_path)
@@ -698,7 +714,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def add_head(backbone: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `LinearClassifier` from those of its backbone and its head, which are two official files."""
+    """The state dict of a `LinearClassifier` from the two official files, those of its backbone and of its head."""
     halves = {"backbone": backbone, "linear_head": head}
     return {f"{half}.{key}": tensor for half, tensors in halves.items() for key, tensor in tensors.items()}
 
@@ -708,9 +724,9 @@ def from_state_dict(
 ) -> DinoVisionTransformer | LinearClassifier:
     """A model in eval mode from a state dict with the official names. Its parameters are these tensors, not copies.
 
-    Without a config, it is inferred from the shapes. A classifier of 1,000 classes without labels gets ImageNet's.
-    Raises a ValueError that names the config field that the shapes contradict, or the first tensor that is missing,
-    unknown, or of a wrong shape or dtype.
+    The config is inferred from the shapes if None. A classifier of 1,000 classes without labels gets ImageNet's. Raises a
+    ValueError that names the config field that contradicts the shapes, or the first tensor that is missing, unknown, or of
+    a wrong shape or dtype.
     """
     inferred = infer_config({str(key).removeprefix("backbone."): x for key, x in tensors.items()}, config)
     for field, told in dataclasses.asdict(inferred).items():  # before anything of that size is allocated
@@ -755,8 +771,8 @@ class _SkipInit(torch.overrides.TorchFunctionMode):
 def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_heads: int | None = None) -> Config:
     """The config of a backbone from its state dict with the official names. Raises a ValueError for other names.
 
-    What the shapes do not tell is taken from config. Without one, models of an official width get the official number of
-    heads; other widths need num_heads.
+    Fields that the shapes do not determine come from config. Without one, models of an official width get the official
+    number of heads; other widths need num_heads.
     """
     try:
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
@@ -773,16 +789,8 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
         if num_heads is None:
             raise ValueError(f"width {D} does not tell the number of heads: give it to convert_weights.py as --num-heads")
         config = Config(D, num_heads=num_heads, **({} if R else _NO_REGISTERS))
-    shape: dict[str, Any] = {
-        "embed_dim": D,
-        "depth": depth,
-        "ffn": ffn,
-        "patch_size": P,
-        "in_chans": C,
-        "num_register_tokens": R,
-    }
-    config = dataclasses.replace(config, **shape)
-    if math.prod(config.grid) != num_patches:  # of a grid that is no square, only the config knows the sides
+    config = dataclasses.replace(config, embed_dim=D, depth=depth, ffn=ffn, patch_size=P, in_chans=C, num_register_tokens=R)
+    if math.prod(config.grid) != num_patches:  # the sides of a grid that is not square are known to the config alone
         config = dataclasses.replace(config, image_size=math.isqrt(max(num_patches, 0)) * P)
     if config.hidden_dim != hidden:
         config = dataclasses.replace(config, mlp_ratio=hidden / D * (1.5 if ffn == "swiglu" else 1))
@@ -790,9 +798,9 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
 
 
 def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLike, labels: list[str] | None = None):
-    """Write a model to a .safetensors file that `load` reads: tensors, config and class names. The write is atomic.
+    """Write a model atomically to a .safetensors file that `load` reads: tensors, config and class names.
 
-    labels (by default the model's own) are those of a classifier, in the order of its logits.
+    labels are a classifier's class names, in the order of its logits (default: the model's own).
     """
     num_classes = model.linear_head.out_features if isinstance(model, LinearClassifier) else 0
     labels = check_labels(labels or getattr(model, "labels", None), num_classes)
@@ -830,7 +838,7 @@ IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".p
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """The files that paths name, and in place of each folder the images anywhere below it, sorted."""
+    """Image files: paths with each folder replaced by all images below it, sorted."""
     files = []
     for path in map(Path, paths):
         inside = path.rglob("*") if os.path.isdir(path) else ()
@@ -847,13 +855,13 @@ def classify(
     fast: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Tensor | Exception]:
-    """For each image file, in order: its class probabilities (num_classes,), float32, or the exception of reading it."""
+    """Class probabilities (num_classes,), float32, of each image file in order, or the exception raised by reading it."""
 
     def read(path: str | os.PathLike) -> Tensor | Exception:
         try:
             if os.path.isdir(path):
                 raise ValueError("no images in this folder")
-            return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast)
+            return read_pixels(path, size, keep_aspect, model.backbone.patch_size, fast)
         except (OSError, ValueError) as error:
             return error
 
@@ -863,17 +871,19 @@ def classify(
         ahead: Iterable[Tensor | Exception] = ()
         for following in [*batches, ()]:
             images = list(ahead)
-            ahead = pool.map(read, following)  # read while this batch is computed
-            tensors = [image[None].to(device) for image in images if isinstance(image, Tensor)]
-            if tensors:
-                logits = model(tensors if keep_aspect else torch.cat(tensors))
+            ahead = pool.map(read, following)  # in the background, while the model computes this batch
+            pixels = [image for image in images if isinstance(image, Tensor)]
+            if pixels:
+                parts = [x[None] for x in pixels] if keep_aspect else [torch.stack(pixels)]
+                parts = [normalize(part.to(device)) for part in parts]
+                logits = model(parts if keep_aspect else parts[0])
                 probabilities = iter(logits.float().softmax(dim=-1).cpu())
             for image in images:
                 yield next(probabilities) if isinstance(image, Tensor) else image
 
 
 def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int) -> dict:
-    """The record of one image that --json prints: its most probable classes, or the error."""
+    """The JSON record of one image: its most probable classes, or the error."""
     if isinstance(result, Exception):
         return {"image": str(path), "error": getattr(result, "strerror", None) or str(result) or repr(result)}
     probabilities, indices = (x.tolist() for x in result.topk(min(top, len(result))))
@@ -882,7 +892,7 @@ def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int)
 
 
 def print_record(record: dict, width: int) -> None:
-    """Print a record as text, with the names of images in a column of this width; errors go to standard error."""
+    """Print a record as text, with file names in a column of this width; errors go to standard error."""
     name = printable(record["image"])
     if "error" in record:
         print(f"dinoreg: {name}: {printable(record['error'])}", file=sys.stderr, flush=True)
@@ -892,7 +902,7 @@ def print_record(record: dict, width: int) -> None:
 
 
 def printable(text: str) -> str:
-    """Text on one line, with characters escaped that standard output cannot show."""
+    """Text on one line, with escapes for characters that standard output cannot show."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -942,14 +952,17 @@ def best_device() -> str:
 
 
 def best_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 if a short measurement on this device multiplies matrices faster in it than in float32, else float32."""
+    """bfloat16 if this device multiplies matrices faster in it than in float32, else float32: measured in milliseconds."""
 
     def seconds(dtype: torch.dtype) -> float:
-        x, weight = (torch.ones(side, 768, device=device, dtype=dtype) for side in (512, 768))
+        try:
+            x, weight = (torch.ones(side, 768, device=device, dtype=dtype) for side in (512, 768))
+        except TypeError:  # older versions of macOS have no bfloat16
+            return math.inf
         times = []
-        for _ in range(4):  # the first one also initialises the device
+        for _ in range(4):  # the first run also initialises the device
             start = time.perf_counter()
-            F.linear(x, weight)[0, 0].item()  # waits for the result
+            F.linear(x, weight)[0, 0].item()  # .item() waits for the result
             times.append(time.perf_counter() - start)
         return min(times)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
 from collections import Counter
@@ -1038,6 +1039,18 @@ def test_the_best_dtype_is_the_one_of_faster_products(faster, monkeypatch):
     assert dinoreg.best_dtype("cpu") == faster
 
 
+def test_the_best_dtype_is_float32_where_there_is_no_bfloat16(monkeypatch):
+    ones = torch.ones
+
+    def ones_without_bfloat16(*size, dtype, device):
+        if dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported on MPS")
+        return ones(*size, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "ones", ones_without_bfloat16)
+    assert dinoreg.best_dtype("cpu") == torch.float32
+
+
 def test_fast_takes_the_best_dtype_and_dtype_overrides_it(folder, monkeypatch, capsys):
     loaded, load = [], dinoreg.load
     monkeypatch.setattr(dinoreg, "best_dtype", lambda device: torch.bfloat16)
@@ -1389,6 +1402,98 @@ def test_two_processes_download_at_once(hub):
     expected = str(randomised(HUB_CONFIG).cls_token.sum().item())
     assert [(result.returncode, result.stdout.strip()) for result in results] == [(0, expected)] * 2
     assert os.listdir(hub.cache) == ["dinov2_vits14_reg4_pretrain.pth"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The official files: `python -m pytest -m network` downloads 470 MB, unless they are in torch.hub's cache
+
+# The first three channels of the normalised CLS token and of the first two registers of ViT-B/14 with registers, for the
+# photo 000000039769 of COCO. Source: the integration test of Dinov2WithRegistersModel in transformers.
+PUBLISHED_TOKENS = torch.tensor([[-0.4638, -1.4563, -0.0289], [-1.4736, -0.8866, 0.3005], [0.0720, -0.2406, -1.5943]])
+CATS = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"}
+CAT_AND_CUP = [HERE / "examples" / "images" / name for name in ("chelsea.jpg", "coffee.jpg")]
+
+
+def check_official_files(hub_url: str, photo_url: str, published_tokens: torch.Tensor, monkeypatch):
+    """Load ViT-S and ViT-B with registers and their classifiers, classify two photos, compare tokens with published ones."""
+    monkeypatch.setattr(dinoreg, "HUB_URL", hub_url)
+    for name in ("vits14_reg", "vitb14_reg"):
+        backbone = dinoreg.load(name)
+        assert backbone.config == CONFIGS[name]
+        for layers in (1, 4):
+            classifier = dinoreg.load(f"{name}_lc", layers)
+            assert classifier.config == CONFIGS[name] and classifier.layers == layers
+            probabilities = dinoreg.classify(classifier, CAT_AND_CUP, classifier.config.crop_size)
+            cat, cup = (classifier.labels[x.argmax()] for x in probabilities)
+            assert cat in CATS and cup == "espresso"
+    with urllib.request.urlopen(f"{photo_url}/000000039769.jpg", timeout=60) as response:
+        image = preprocess(response.read(), backbone.config.crop_size)
+    with torch.inference_mode():
+        features = backbone.forward_features(image[None])
+    tokens = torch.cat([features["x_norm_clstoken"][:, None], features["x_norm_regtokens"]], dim=1)
+    # JPEG decoders may differ by a grey level here and there, which changes tokens by up to 0.01.
+    torch.testing.assert_close(tokens[0, :3, :3], published_tokens, rtol=0, atol=0.02)
+
+
+@pytest.mark.network
+def test_official_files(monkeypatch):
+    coco = "http://images.cocodataset.org/val2017"
+    check_official_files("https://dl.fbaipublicfiles.com/dinov2", coco, PUBLISHED_TOKENS, monkeypatch)
+
+
+def stand_in_head(backbone: DinoVisionTransformer, layers: int) -> bytes:
+    """A head for which the photo of the cat is a tabby, that of the cup an espresso."""
+    classifier = LinearClassifier(backbone, 1000, layers)
+    with torch.inference_mode():
+        cat, cup = classifier.linear_input(torch.stack([preprocess(photo, 16) for photo in CAT_AND_CUP]))
+    weight, bias = torch.zeros_like(classifier.linear_head.weight), torch.zeros(1000)
+    for label, direction in (("tabby", cat - cup), ("espresso", cup - cat)):
+        weight[dinoreg.IMAGENET_CLASSES.index(label)] = direction
+        bias[dinoreg.IMAGENET_CLASSES.index(label)] = -direction @ (cat + cup) / 2
+    return saved({"weight": weight, "bias": bias})
+
+
+@pytest.fixture
+def stand_ins(hub, monkeypatch):
+    """The server `hub` with small models that pass the checks, a photo, and in `published` its tokens by `reference`."""
+    for name, config in (("vits14", HUB_CONFIG), ("vitb14", replace(HUB_CONFIG, embed_dim=48))):
+        monkeypatch.setitem(dinoreg.CONFIGS, f"{name}_reg", config)
+        model = randomised(config)
+        hub.files[f"/dinov2_{name}/dinov2_{name}_reg4_pretrain.pth"] = saved(model.state_dict())
+        hub.files[f"/dinov2_{name}/dinov2_{name}_reg4_linear_head.pth"] = stand_in_head(model, 1)
+        hub.files[f"/dinov2_{name}/dinov2_{name}_reg4_linear4_head.pth"] = stand_in_head(model, 4)
+    photo = HERE / "examples" / "images" / "astronaut.jpg"
+    hub.files["/000000039769.jpg"] = photo.read_bytes()
+    _, tokens, _ = reference(model, preprocess(photo, 16)[None])
+    hub.published = torch.from_numpy(tokens[-1][0, :3, :3]).float()
+    return hub
+
+
+def test_stand_ins_pass_the_checks_of_the_official_files(stand_ins, monkeypatch):
+    check_official_files(stand_ins.url, stand_ins.url, stand_ins.published, monkeypatch)
+    assert set(stand_ins.requests) == set(stand_ins.files) and len(stand_ins.requests) == 7  # each file once
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("vits14_reg4_pretrain", lambda state: {**state, "norm.scale": torch.ones(1)}, "norm.scale: found"),
+        ("vitb14_reg4_pretrain", lambda state: {**state, "register_tokens": state["register_tokens"].flip(1)}, "not close"),
+        ("vits14_reg4_linear_head", lambda state: {key: -tensor for key, tensor in state.items()}, "espresso"),
+        ("vitb14_reg4_linear4_head", lambda state: {**state, "weight": state["weight"][:, :96]}, "1 == 4"),
+    ],
+)
+def test_other_weights_fail_the_checks_of_the_official_files(stand_ins, monkeypatch, name, change, message):
+    file = f"/dinov2_{name.partition('_')[0]}/dinov2_{name}.pth"
+    stand_ins.files[file] = saved(change(torch.load(io.BytesIO(stand_ins.files[file]))))
+    with pytest.raises((AssertionError, ValueError), match=message):
+        check_official_files(stand_ins.url, stand_ins.url, stand_ins.published, monkeypatch)
+
+
+def test_another_photo_fails_the_checks_of_the_official_files(stand_ins, monkeypatch):
+    stand_ins.files["/000000039769.jpg"] = CAT_AND_CUP[0].read_bytes()
+    with pytest.raises(AssertionError, match="not close"):
+        check_official_files(stand_ins.url, stand_ins.url, stand_ins.published, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

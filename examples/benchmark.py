@@ -1,18 +1,19 @@
-"""Measure dinoreg beside the official code, transformers, timm, onnxruntime and openvino: whichever of them are there.
+"""Compare the speed of dinoreg with the official code, transformers, timm, onnxruntime and openvino, as far as installed.
 
     pip install -e ".[examples,parity]"
     python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
     python examples/benchmark.py                        # everything, as Markdown tables
-    python examples/benchmark.py forward start          # or some parts: forward start load folder fast growth
+    python examples/benchmark.py forward start          # or some parts: forward start load folder fast growth corpus
 
-All sides have the same random weights and take turns, in an order that is drawn anew for each. What is short is run for
-half a second in each turn, and its fastest run counts. A figure is the median of its turns, and a ratio the median of the
-ratios within each turn: above 1, dinoreg is faster. On a GPU (bfloat16, CUDA events) only `forward` is measured. `fast`
-needs the official weights of ViT-S/14, and downloads them.
+All sides have the same random weights and take turns, in a new random order for each turn. Short workloads are repeated for
+half a second per turn, and the fastest run counts. A figure is the median over turns; a ratio is the median of the ratios
+within each turn: above 1, dinoreg is faster. `--device` is that of `forward`, in float32 on a CPU and in bfloat16 elsewhere;
+the other parts run on the CPU, and by default only if it is the device. `fast` downloads the official weights of ViT-S/14.
 """
 
 import argparse
 import itertools
+import os
 import random
 import shutil
 import statistics
@@ -29,14 +30,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 import convert_weights
 import dinoreg
 
 PHOTOS = sorted(Path(__file__).with_name("images").glob("*.jpg"))
-OFFICIAL = Path(torch.hub.get_dir(), "facebookresearch_dinov2_main")  # where torch.hub keeps its clone
-CUDA = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+OFFICIAL = Path(torch.hub.get_dir(), "facebookresearch_dinov2_main")  # torch.hub's clone of the official code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,20 +51,14 @@ def seconds_of(work) -> float:
 
 
 def seconds_of_run(work) -> float:
-    if not CUDA:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    start = time.perf_counter()
     work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    getattr(torch, dinoreg.best_device()).synchronize()  # a GPU computes in the background
+    return time.perf_counter() - start
 
 
 def take_turns(sides: dict, turns: int, measure=seconds_of, seconds: float = 0) -> dict[str, list]:
-    """What each side measures in each turn, after one turn that does not count: for so many turns and seconds at least."""
+    """The measurements of each side, one per turn: at least so many turns and seconds, after a first turn to warm up."""
     results, start = {name: [] for name in sides}, time.perf_counter()
     for turn in tqdm(itertools.count(), unit="turn", leave=False, disable=None):
         for name, work in random.sample(list(sides.items()), len(sides)):
@@ -79,18 +72,18 @@ def ratio(others: list[float], ours: list[float]) -> str:
 
 
 def table(header: list[str], rows: Iterable[list]) -> None:
-    """Print a table, each row as soon as it is there."""
+    """Print a Markdown table, each row as soon as it is computed."""
     for row in itertools.chain([header, ["---"] * len(header)], rows):
         print("|", " | ".join(map(str, row)), "|", flush=True)
     print()
 
 
 def numbers_from(command: list) -> list[float]:
-    """The numbers that a command prints."""
+    """The numbers printed by a command."""
     return [float(x) for x in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
-# A process counts as its own what its parent had in memory when it began: this one has little.
+# The peak memory of a process includes what its parent had in memory when it was started, so this parent has little.
 PARENT = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -109,19 +102,21 @@ def whole_process(command: list) -> list[float]:
 
 
 def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str, folder: Path) -> dict:
-    """The same model in other libraries: functions without arguments that compute the CLS tokens (B, D), all other tokens,
-    too, and normalise all. The graphs of onnxruntime and openvino may leave out what CLS does not need."""
-    sides = {}
+    """The same model in other libraries: functions without arguments that return the CLS tokens (B, D).
+
+    They compute and normalise all tokens; the graphs of onnxruntime and openvino may leave out what CLS does not need.
+    """
+    sides, device, dtype = {}, images.device, images.dtype
     if OFFICIAL.is_dir():
         official = torch.hub.load(str(OFFICIAL), f"dinov2_{name}", source="local", pretrained=False)
         official.load_state_dict(model.state_dict())
-        official = official.to(DEVICE, DTYPE).eval()
+        official = official.to(device, dtype).eval()
         sides["official"] = lambda: official.forward_features(images)["x_norm_clstoken"]
     if find_spec("transformers"):
         from transformers import AutoModel
 
         convert_weights.write(model, folder / "hf", "hf")
-        hf = AutoModel.from_pretrained(folder / "hf").to(DEVICE, DTYPE).eval()
+        hf = AutoModel.from_pretrained(folder / "hf").to(device, dtype).eval()
         sides["transformers"] = lambda: hf(images).last_hidden_state[:, 0]
     if find_spec("timm"):
         import timm
@@ -129,9 +124,9 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
         arch = {"vits": "small", "vitb": "base", "vitl": "large", "vitg": "giant"}[name[:4]]
         other = timm.create_model(f"vit_{arch}_patch14_reg4_dinov2", num_classes=0, dynamic_img_size=True)
         other.load_state_dict(convert_weights.from_official(model, "timm"))
-        other = other.to(DEVICE, DTYPE).eval()
+        other = other.to(device, dtype).eval()
         sides["timm"] = lambda: other.forward_features(images)[:, 0]
-    if CUDA or not find_spec("onnxruntime") or not find_spec("onnxscript"):
+    if device.type != "cpu" or not find_spec("onnxruntime") or not find_spec("onnxscript"):
         return sides
 
     import onnxruntime
@@ -147,7 +142,7 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
     if find_spec("openvino"):
         import openvino
 
-        # float32 is to be asked for: on some processors bfloat16 is its choice.
+        # On some processors the default precision is bfloat16.
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         compiled = openvino.compile_model(folder / "model.onnx", "CPU", options)
         sides["openvino"] = lambda: torch.from_numpy(compiled(images.numpy())[0])
@@ -156,12 +151,12 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
 
 def forward(args: argparse.Namespace) -> None:
     print(
-        "Forward, milliseconds per image. All tokens are computed and normalised, but `embed`, onnxruntime and openvino give"
+        "Forward pass, milliseconds per image. All tokens are computed and normalised, except that `embed`, onnxruntime and"
     )
     print(
-        "CLS alone. `compile` is `torch.compile(model)`. Matrix products are those of the model's linear layers and nothing"
+        "openvino return the CLS token only. `compile` is `torch.compile(model)`. `matrix products` runs those of the linear"
     )
-    print("else, and GFLOP/s is their rate.\n")
+    print("layers and nothing else; GFLOP/s is their rate.\n")
     rows = (forward_row(args, *which) for which in itertools.product(args.models, args.pixels, args.batches))
     first = next(rows)
     table(list(first), (list(row.values()) for row in itertools.chain([first], rows)))
@@ -169,11 +164,13 @@ def forward(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> dict:
-    """The cells of a row, by the names of their columns."""
-    model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(DEVICE, DTYPE).eval()
-    images = torch.randn(batch, 3, size, size, device=DEVICE, dtype=DTYPE)
+    """The cells of a row, by column."""
+    device = torch.device(args.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(device, dtype).eval()
+    images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
     sides = {"dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"], "embed": lambda: model.embed(images)}
-    if CUDA or shutil.which("c++"):
+    if device.type == "cuda" or shutil.which("c++"):
         torch.compiler.reset()
         fixed = dinoreg.from_state_dict(model.state_dict(), model.config)
         fixed.fix_image_size(size, size)
@@ -183,7 +180,7 @@ def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> d
         cls = sides["dinoreg"]().float()
         for side, work in sides.items():
             if torch.cosine_similarity(work().float(), cls).min() < 0.999:
-                raise RuntimeError(f"{side} computes something else")
+                raise RuntimeError(f"{side}: the CLS tokens differ from those of dinoreg")
         sides["matrix products"], operations = matrix_products(model, batch, size)
         results = take_turns(sides, args.turns, seconds=args.seconds)
     medians = {side: statistics.median(times) for side, times in results.items()}
@@ -193,11 +190,11 @@ def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> d
 
 
 def matrix_products(model: dinoreg.DinoVisionTransformer, batch: int, size: int):
-    """A function that does the products of the model's linear layers and nothing else, and its floating-point operations."""
+    """A function that runs only the matrix products of the model's linear layers, and its number of operations."""
     rows = batch * (1 + model.num_register_tokens + (size // model.patch_size) ** 2)
     layers = [layer.weight.detach().T for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     widths = {width for weight in layers for width in weight.shape}
-    inputs, outputs = ({width: torch.randn(rows, width, device=DEVICE, dtype=DTYPE) for width in widths} for _ in range(2))
+    inputs, outputs = ({width: layers[0].new_empty(rows, width).normal_() for width in widths} for _ in range(2))
 
     def work():
         for weight in layers:
@@ -240,10 +237,8 @@ with torch.inference_mode():
 
 
 def start(args: argparse.Namespace) -> None:
-    print(
-        "One photo, the whole process, ViT-S/14 with registers: each classifies and prints (timm with a head that sees CLS"
-    )
-    print("alone). Seconds, and peak megabytes of resident memory.\n")
+    print("One photo, the whole process, ViT-S/14 with registers: each process classifies the photo and prints the result")
+    print("(timm: with a head on the CLS token only). Seconds, and peak resident memory in megabytes.\n")
     photo = str(PHOTOS[0])
     with tempfile.TemporaryDirectory() as folder:
         model = classifier("vits14_reg")
@@ -287,7 +282,7 @@ print(time.perf_counter() - start, resident() - before)
 
 
 def load(args: argparse.Namespace) -> None:
-    print("From a file to a usable model: ViT-g/14 with registers, 4.5 GB of random weights.\n")
+    print("Loading a model from a file: ViT-g/14 with registers, 4.5 GB of random weights.\n")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.safetensors"
         with dinoreg._SkipInit():
@@ -300,10 +295,8 @@ def load(args: argparse.Namespace) -> None:
 
 
 def folder(args: argparse.Namespace) -> None:
-    print(
-        "A folder of 16 photographs of 12 megapixels (JPEG), decoded and classified by ViT-S/14 with registers: seconds per"
-    )
-    print("image. `--fast` lets the JPEG decoder shrink the image, as far as it stays above the size that is seen.\n")
+    print("A folder of 16 JPEG photographs of 12 megapixels, decoded and classified by ViT-S/14 with registers: seconds per")
+    print("image. With `--fast`, the JPEG files are decoded at reduced size, though not below that of the model's input.\n")
     with tempfile.TemporaryDirectory() as where:
         paths = [f"{where}/{i}.jpg" for i in range(16)]
         for i, path in enumerate(paths):
@@ -326,8 +319,9 @@ def folder(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def fast(args: argparse.Namespace) -> None:
-    print("What `--fast` costs: cosines between CLS tokens of ViT-S/14 for a photo decoded in full and at reduced size, and")
-    print(f"for the model in float32 and in bfloat16. best_dtype({DEVICE!r}) is {dinoreg.best_dtype(DEVICE)} here.\n")
+    best = dinoreg.best_dtype(args.device)
+    print("The error of `--fast`: cosines between CLS tokens of ViT-S/14 for a photo decoded at full and at reduced size,")
+    print(f"and for the model in float32 and in bfloat16. best_dtype({args.device!r}) is {best} here.\n")
     model, rows = dinoreg.load("vits14"), []
     half = dinoreg.load("vits14", dtype=torch.bfloat16)
     for photo, size in itertools.product(PHOTOS, (98, 140, 224)):
@@ -350,7 +344,7 @@ size, batch = map(int, sys.argv[1:])
 model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vits14_reg"]).eval()
 model.fix_image_size(size, size)
 images = torch.randn(batch, 3, size, size)
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before, seconds = status("VmRSS"), []
 with torch.inference_mode():
     for _ in range(4):
@@ -362,7 +356,7 @@ print(sorted(seconds[1:])[1], status("VmHWM") - before)
 
 
 def growth(args: argparse.Namespace) -> None:
-    print("How time and memory grow, ViT-S/14 with registers: growth.png\n")
+    print("Time and memory against image size and batch size, ViT-S/14 with registers: growth.png\n")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -385,38 +379,99 @@ def growth(args: argparse.Namespace) -> None:
     figure.savefig("growth.png", dpi=120)
 
 
-PARTS = {part.__name__: part for part in (forward, start, load, folder, fast, growth)}
+PLAIN_LOOP = """
+import sys, torch, common, dinoreg
+weights, folder, output = sys.argv[1:]
+model, paths = dinoreg.load(weights), dinoreg.find_images([folder])
+model.fix_image_size(224, 224)
+batches = common.read_ahead(dinoreg.read_pixels, common.split_batches(paths, 16))
+with torch.inference_mode():
+    features = [model.embed(dinoreg.normalize(torch.stack(batch))).half() for batch in batches]
+dinoreg.write_tensors({"features": torch.cat(features)}, output, {})
+"""
+
+
+def corpus(args: argparse.Namespace) -> None:
+    print("embed_corpus.py and a plain loop, whole processes with as many threads: ViT-S/14 with registers at 224 pixels,")
+    print("batches of 16 JPEG files of 256 x 256 pixels. Images per hour are those of embed_corpus.py.\n")
+    if not find_spec("ray"):
+        raise RuntimeError('Ray is missing: pip install -e ".[ray]"')
+    examples = Path(__file__).parent
+    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": f"{examples}:{examples.parent}"}
+    environment["RAY_worker_niceness"] = "0"  # by default Ray's workers have a lower priority than the loop
+
+    def seconds_of_process(command: list) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, env=environment)
+        return time.perf_counter() - start
+
+    def row(count: int) -> list:
+        images, turn = save_crops(folder / str(count), count), itertools.count()
+        sides = {
+            "loop": lambda: ["-c", PLAIN_LOOP, weights, images, folder / "loop.safetensors"],
+            "ray": lambda: [
+                *(examples / "embed_corpus.py", images, "--model", weights, "--size", 224),
+                *("--output", folder / f"{count}-{next(turn)}"),  # a new one, as an old one would be resumed
+            ],
+        }
+        results = take_turns(sides, args.turns, lambda command: seconds_of_process(command()))
+        loop, ray = (statistics.median(results[side]) for side in sides)
+        return [count, f"{loop:.1f}", f"{ray:.1f}", ratio(results["ray"], results["loop"]), f"{3600 * count / ray:,.0f}"]
+
+    with tempfile.TemporaryDirectory() as where:
+        folder, weights = Path(where), f"{where}/model.safetensors"
+        dinoreg.save(dinoreg.DinoVisionTransformer(dinoreg.CONFIGS["vits14_reg"]), weights)
+        table(["images", "plain loop, s", "embed_corpus.py, s", "ratio", "images per hour"], map(row, args.images))
+
+
+def save_crops(folder: Path, count: int) -> Path:
+    """The folder, with so many random crops of 256 x 256 pixels of the photographs, as JPEG files."""
+    folder.mkdir(exist_ok=True)
+    photos = [Image.open(photo).convert("RGB") for photo in PHOTOS]
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        left, top = random.randrange(photo.width - 256), random.randrange(photo.height - 256)
+        photo.crop((left, top, left + 256, top + 256)).save(folder / f"{i}.jpg", quality=90)
+    return folder
+
+
+PARTS = {part.__name__: part for part in (forward, start, load, folder, fast, growth, corpus)}
+
+
+def run(args: argparse.Namespace) -> int:
+    device = torch.device(args.device)
+    where = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one that `synchronize` waits for
+        where = torch.cuda.get_device_name()
+    libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino", "ray")
+    versions = {name: metadata.version(name) for name in libraries if find_spec(name)}
+    print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
+    for part in args.parts or (PARTS if device.type == "cpu" else ["forward"]):
+        PARTS[part](args)
+    return 0
 
 
 def main() -> int:
-    """0 if all went well, 2 if something that is needed is not there."""
+    """0 if all went well, 2 if something is missing or fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--turns", type=int, default=5, help="at least (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="of each side, at least (default: %(default)s)")
+    common.add_device(parser)
     of_forward = parser.add_argument_group("for `forward`")
     models = [name for name in dinoreg.CONFIGS if name.endswith("_reg")]
     of_forward.add_argument("--models", nargs="+", choices=models, default=models[:2], help="default: %(default)s")
     of_forward.add_argument("--pixels", nargs="+", type=int, default=[224, 518], help="default: %(default)s")
     of_forward.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="default: %(default)s")
-    of_forward.add_argument("--seconds", type=float, default=60, help="for a row, at least (default: %(default)s)")
+    of_forward.add_argument("--seconds", type=float, default=60, help="per row, at least (default: %(default)s)")
+    of_corpus = parser.add_argument_group("for `corpus`")
+    of_corpus.add_argument("--images", nargs="+", type=int, default=[500, 2000], help="default: %(default)s")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    if min(args.turns, *args.batches, *args.pixels) < 1 or any(side % 14 for side in args.pixels):
-        parser.error("--turns and --batches must be at least 1, and --pixels multiples of 14")
-    libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino")
-    versions = {name: metadata.version(name) for name in libraries if find_spec(name)}
-    where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n")
-    try:
-        for part in args.parts or (["forward"] if CUDA else PARTS):
-            PARTS[part](args)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
-        print("benchmark:", str(error).partition("\n")[0], file=sys.stderr)
-        return 2
-    return 0
+    if min(args.turns, *args.batches, *args.images, *args.pixels) < 1 or any(side % 14 for side in args.pixels):
+        parser.error("--turns, --batches and --images must be at least 1, and --pixels multiples of 14")
+    return common.run(run, args)
 
 
 if __name__ == "__main__":

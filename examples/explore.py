@@ -1,11 +1,12 @@
-"""Explore what DINOv2 sees in photos, on one HTML page that needs no server and no network.
+"""Explore the patch features of DINOv2 for several photos, in one HTML page that needs no server and no network.
 
     pip install -e ".[examples]"
     python examples/explore.py examples/images/*.jpg --model vits14 vits14_reg -o explore.html
 
 The page compares the patch under the pointer with all patches of all photos, and shows principal components, attention
-and token norms as `visualize.py` does. The script prints the size of the page and, for each model, the largest error of
-a cosine: the page holds the patch features along as many principal axes as keep it below 0.02, in int8.
+and token norms as `visualize.py` does. To keep the page small, patch features are projected onto their first principal axes
+and stored in int8, with as many axes as keep the error of every cosine below 0.02. The script prints the largest error for
+each model, and the size of the page.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def encode(x: Tensor) -> str:
 
 
 def encode_image(x: Tensor) -> str:
-    """A normalised image (3, H, W) as a data: address."""
+    """A normalised image (3, H, W) as a data: URL."""
     buffer = io.BytesIO()
     pixels = (common.to_pixels(x) * 255).round().byte().numpy()
     Image.fromarray(pixels).save(buffer, "WEBP", quality=85)
@@ -43,16 +44,17 @@ def encode_image(x: Tensor) -> str:
 
 
 def cosine_error(x: Tensor, y: Tensor) -> float:
-    """The largest difference between the cosine of two rows of x (M, D) and that of the same rows of y (M, K)."""
+    """The largest difference between the cosine of two rows of x (M, D) and that of the same two rows of y (M, K)."""
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     parts = zip(x.split(1024), y.split(1024))  # M x M may be larger than memory
     return max((a @ x.T - b @ y.T).abs().max().item() for a, b in parts)
 
 
 def compress(features: Tensor) -> tuple[Tensor, float]:
-    """Features (M, D) -> int8 (M, K) whose cosines are the same within TOLERANCE, and the largest error of a cosine.
+    """Features (M, D) -> int8 (M, K) with the same cosines within TOLERANCE, and the largest error of a cosine.
 
-    The K columns are the first principal axes of the normalised features, not centred; K is the smallest that will do.
+    The K columns are the coordinates along the first principal axes of the normalised features, which are not centred. K is
+    the smallest number that keeps the error below TOLERANCE.
     """
     unit = F.normalize(features, dim=1)
     coordinates = unit @ torch.linalg.eigh(unit.T @ unit).eigenvectors.flip(1)  # (M, D), the largest variance first
@@ -69,9 +71,9 @@ def compress(features: Tensor) -> tuple[Tensor, float]:
 
 @torch.inference_mode()
 def see(model: dinoreg.DinoVisionTransformer, x: Tensor, layers: list[int]) -> dict[str, Tensor]:
-    """What the page shows of an image (3, H, W).
+    """The data of an image (3, H, W) that the page shows.
 
-    features (h * w, D) after the final norm, norms (h * w) before it, attention (layers, A, 1 + R, h * w), and
+    These are features (h * w, D) after the final norm, norms (h * w) before it, attention (layers, A, 1 + R, h * w), and
     foreground (h, w), bool.
     """
     batch = x[None].to(model.pos_embed.device)
@@ -88,10 +90,10 @@ def see(model: dinoreg.DinoVisionTransformer, x: Tensor, layers: list[int]) -> d
 
 
 def describe(model: dinoreg.DinoVisionTransformer, name: str, seen: list[dict[str, Tensor]], layers: list[int]) -> dict:
-    """What the page needs to know of a model and of what it sees in each photo."""
+    """The JSON data of a model and of its features of each photo."""
     features = torch.cat([maps["features"] for maps in seen])
     compressed, error = compress(features)
-    print(f"{name}: {compressed.shape[1]} of {model.embed_dim} axes, largest error of a cosine {error:.4f}")
+    print(f"{name}: {compressed.shape[1]} of {model.embed_dim} axes, largest cosine error {error:.4f}")
     colours = common.colour(features, torch.cat([maps["foreground"].flatten() for maps in seen]))  # (M, 3)
     lengths = [len(maps["features"]) for maps in seen]
     photos = []
@@ -105,7 +107,7 @@ def describe(model: dinoreg.DinoVisionTransformer, name: str, seen: list[dict[st
                 "features": encode(codes),
                 "colours": encode((rgb * 255).round().byte()),
                 "norms": encode(maps["norms"]),
-                # Square roots, as most values are far below the peak.
+                # The square root keeps precision for small values: most are far below the peak.
                 "attention": encode(((maps["attention"] / peaks).sqrt() * 255).round().byte()),
                 "peaks": encode(peaks),
             }
@@ -143,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
     described = [describe(model, Path(source).stem, seen[source], args.layers) for source, model in models.items()]
-    data = json.dumps({"photos": photos, "models": described}).replace("<", "\\u003c")  # a name may hold "</script>"
+    data = json.dumps({"photos": photos, "models": described}).replace("<", "\\u003c")  # a file name may contain "</script>"
     page = TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
     with dinoreg.atomic(args.output) as part:
         part.write_text(page, encoding="utf-8")
@@ -152,13 +154,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     add("--model", nargs="+", default=["vits14_reg"], help="official models or files of weights (default: vits14_reg)")
-    add("--layers", nargs="+", type=int, default=[-1], help="blocks whose attention is shown (default: -1, the last)")
-    training = "the size that the position embedding is made for, 518 for official models"
-    add("--size", type=int, help=f"side in pixels of a square as large as the resized image (default: {training})")
+    add("--layers", nargs="+", type=int, default=[-1], help="blocks to show the attention of (default: -1, the last)")
+    training = "the size of the position embedding, 518 for official models"
+    area = "side of a square with as many pixels as the resized image"
+    add("--size", type=int, metavar="PIXELS", help=f"{area} (default: {training})")
     add("-o", "--output", type=Path, default=Path("explore.html"), metavar="PAGE", help="default: %(default)s")
     common.add_device(parser)
     return common.run(run, parser.parse_args())

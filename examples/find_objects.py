@@ -1,14 +1,15 @@
-"""Find the main object of images, without any labels, by looking at what DINOv2 finds alike.
+"""Find the main object of a photo, without any labels, from the similarity of its patches (LOST).
 
     pip install -e ".[examples]"
     python examples/find_objects.py examples/images/*.jpg --output pictures
 
 For each image it prints a JSON object, {"image": path, "box": [left, top, right, bottom]}, in pixels of the upright
-photo and null if nothing is found, and writes the photo with the box, dark where the object is not.
+photo and null if nothing is found, and writes the photo with this box, darkened outside the object.
 
 The method is LOST (Siméoni et al., 2021: "Localizing Objects with Self-Supervised Transformers and no Labels"), on the
-keys, queries or values of the last attention layer, as in Darcet et al., "Vision Transformers Need Registers", table 3.
-It takes an object to be smaller than its background: of a face that fills the photo it finds what is behind it.
+queries, keys or values of the last attention layer, as in Darcet et al., "Vision Transformers Need Registers", table 3.
+One step is added: LOST assumes that the object is smaller than its background, so if it selects most of the border of
+the photo, the object is what remains.
 """
 
 import argparse
@@ -26,10 +27,15 @@ from tqdm import tqdm
 import common
 import dinoreg
 
-CANDIDATES = 100  # k of the paper: so many patches may join the seed
-# What is added to the similarities, in units of their mean, as Darcet et al. add a bias to them: any two keys have so
-# much in common that otherwise none would be unlike another. These numbers suit ViT-S/14 without registers, by eye.
-BIAS = {"keys": -0.85, "queries": -0.4, "values": -0.2}
+CANDIDATES = 100  # k of the paper: the patches of lowest degree, which may join the seed
+# Added to the similarities, in units of their mean: patches have a common component, above all in their keys, that makes
+# nearly all similarities positive (Darcet et al. add a bias too). Chosen for ViT-S/14 without registers on 22 photos.
+BIAS = {"queries": -0.45, "values": -0.15, "keys": -0.88}
+
+LIMITS = """It finds one object per photo. Similar objects side by side are merged, of a person it may find only the
+face, and thin objects are often missed. ViT-S/14 without registers was measured on 22 photos, on which the default bias was
+chosen: the box has an IoU above 0.5 with a hand-drawn one for 18 photos with queries, 17 with values and 13 with keys. A box
+around the whole photo has it for 13."""
 
 
 @torch.inference_mode()
@@ -45,10 +51,10 @@ def last_attention(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str,
 
 
 def lost(similarity: Tensor, h: int, w: int) -> np.ndarray:
-    """The similarities of all pairs of patches (h * w, h * w) -> the object's patches (h, w), bool; none if none is."""
+    """The similarities of all pairs of patches (h * w, h * w) -> the patches of the object (h, w), bool, maybe none."""
     degrees = (similarity > 0).sum(dim=1)
     candidates = degrees.argsort(stable=True)[:CANDIDATES]
-    seed = candidates[0].item()  # an object has fewer patches than its background, so each has fewer that are like it
+    seed = candidates[0].item()  # the object is smaller than its background, so its patches are similar to fewer others
     seeds = candidates[similarity[seed, candidates] > 0]
     alike = similarity[seeds].sum(dim=0) > 0
     parts, _ = label(alike.unflatten(0, (h, w)).numpy())  # connected components, numbered from 1
@@ -56,8 +62,18 @@ def lost(similarity: Tensor, h: int, w: int) -> np.ndarray:
     return (parts == part) & (part > 0)
 
 
+def exclude_border(mask: np.ndarray) -> np.ndarray:
+    """The mask (h, w); if it covers most of the border of the photo, the largest connected part outside it instead."""
+    border = np.ones_like(mask)
+    border[1:-1, 1:-1] = False
+    parts, count = label(~mask)
+    if count == 0 or mask[border].mean() <= 0.5:
+        return mask
+    return parts == np.bincount(parts.flat)[1:].argmax() + 1
+
+
 def find_box(mask: np.ndarray, width: int, height: int) -> list[int] | None:
-    """[left, top, right, bottom] of the patches of a mask (h, w), in pixels of a photo of width x height."""
+    """The bounding box [left, top, right, bottom] of a mask (h, w), in pixels of a photo of width x height."""
     if not mask.any():
         return None
     h, w = mask.shape
@@ -68,7 +84,7 @@ def find_box(mask: np.ndarray, width: int, height: int) -> list[int] | None:
 
 
 def draw(photo: Image.Image, mask: np.ndarray, box: list[int] | None) -> Image.Image:
-    """The photo, dark but for the mask (h, w), with the box."""
+    """The photo, darkened outside the mask (h, w), with the box."""
     light = Image.fromarray(np.where(mask, 255, 90).astype(np.uint8)).resize(photo.size, Image.Resampling.NEAREST)
     picture = Image.composite(photo, Image.new("RGB", photo.size), light)
     if box:
@@ -96,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
             continue
         features = last_attention(model, x.to(args.device))[args.features].cpu()
         similarity = features @ features.T
-        mask = lost(similarity + bias * similarity.mean(), *(side // model.patch_size for side in x.shape[1:]))
+        h, w = (side // model.patch_size for side in x.shape[1:])
+        mask = exclude_border(lost(similarity + bias * similarity.mean(), h, w))
         box = find_box(mask, *photo.size)
         with dinoreg.atomic(path) as part:
             draw(photo, mask, box).save(part)
@@ -105,15 +122,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=LIMITS)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     add("--model", default="vits14_reg", help="an official model or a file of weights (default: %(default)s)")
     add("--features", choices=BIAS, default="queries", help="of the last attention layer (default: %(default)s)")
     defaults = ", ".join(f"{bias:g} for {features}" for features, bias in BIAS.items())
-    add("--bias", type=float, help=f"added to the similarities, in units of their mean (default: {defaults})")
-    add("--size", type=int, default=518, help="side in pixels of a square as large as the resized image (default: 518)")
-    add("--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    rule = "added to the similarities, in units of their mean; lower values tend to select smaller objects"
+    add("--bias", type=float, help=f"{rule} (default: {defaults})")
+    area = "side of a square with as many pixels as the resized image"
+    add("--size", type=int, default=518, metavar="PIXELS", help=f"{area} (default: %(default)s)")
+    add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 

@@ -6,15 +6,20 @@
 The index is one safetensors file in the folder: the normalised CLS token of each image, as in the retrieval experiments
 of the DINOv2 paper (section 7.3). Only images that are new or changed since the last run are embedded; deleted images leave
 the index. Neighbours are ranked by cosine similarity; an image is never its own neighbour.
+
+In place of a folder of images, FOLDER may be a Parquet file that embed_corpus.py wrote, or a folder of them; --model is then
+the model that it was run with.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -60,6 +65,22 @@ def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[T
         return F.normalize(features, dim=1).half().cpu()
 
     return common.compute(embed_batch, read, paths)
+
+
+def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
+    """The rows in Parquet of embed_corpus.py: paths, CLS tokens (n, D) of length 1, float16; and the size of their crops."""
+    import pyarrow.dataset
+
+    dataset = pyarrow.dataset.dataset(path, format="parquet")
+    settings = json.loads((dataset.schema.metadata or {}).get(b"dinoreg", "null"))
+    if settings is None:
+        raise ValueError(f"{path}: not written by embed_corpus.py")
+    if settings["model"] != Path(model).name:
+        raise ValueError(f"{path}: embedded by {settings['model']}, not by {Path(model).name}: give it as --model")
+    rows = dataset.to_table(columns=["path", "embedding"], filter=pyarrow.dataset.field("error").is_null())
+    features = np.concatenate([chunk.flatten() for chunk in rows["embedding"].chunks])
+    features = torch.from_numpy(features).unflatten(0, (len(rows), -1))
+    return rows["path"].to_pylist(), F.normalize(features, dim=1), settings["size"]
 
 
 def draw(path: Path, images: list[Path], captions: list[str]) -> None:
@@ -111,7 +132,8 @@ def update(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer) -> tu
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.folder.is_dir():
+    is_corpus = args.folder.suffix == ".parquet" or any(args.folder.glob("*.parquet"))
+    if not is_corpus and not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
     args.index = args.index or args.folder / ".dinoreg-index.safetensors"
     if args.query and not args.output.parent.is_dir():
@@ -119,22 +141,31 @@ def run(args: argparse.Namespace) -> int:
     if args.index.suffix != ".safetensors":
         raise ValueError(f"{args.index}: the name of an index ends in .safetensors")
     model = common.load_backbone(args.model, args.device)
+    if is_corpus:
+        names, features, size = read_corpus(args.folder, args.model)
+        model.config = dataclasses.replace(model.config, crop_size=size)
     if args.query:
         (query,) = embed(model, [args.query])  # first, since it may be no image
         if isinstance(query, str):
             raise ValueError(query)
 
-    index, failed = update(args, model)
-    if args.query and index:
+    failed = 0
+    if not is_corpus:
+        index, failed = update(args, model)
+        if not index:  # no image could be read
+            return 1
+        names = [str(args.folder / name) for name in index]
         features = torch.stack([feature for _, feature in index.values()])  # (n, D)
-        cosines, order = (features.float() @ query.float()).topk(min(args.top + 1, len(index)))
-        names = list(index)
-        found = [(cosine, args.folder / names[i]) for cosine, i in zip(cosines.tolist(), order.tolist())]
-        found = [(cosine, path) for cosine, path in found if path.resolve() != args.query.resolve()][: args.top]
-        for cosine, path in found:
-            print(f"{cosine:.3f}  {path}")
-        captions = [f"{shorten(path.name)}\n{cosine:.3f}" for cosine, path in found]
-        images = [args.query, *(path for _, path in found)]
+    if args.query:
+        cosines, order = (features.float() @ query.float()).topk(min(args.top + 1, len(names)))
+        found = [(cosine, names[i]) for cosine, i in zip(cosines.tolist(), order.tolist())]
+        found = [(cosine, name) for cosine, name in found if Path(name).resolve() != args.query.resolve()][: args.top]
+        for cosine, name in found:
+            print(f"{cosine:.3f}  {name}")
+        images = [args.query, *(Path(name) for _, name in found)]
+        if not all(path.is_file() for path in images):
+            raise ValueError(f"{args.output}: not drawn, as some of these images are not on this machine")
+        captions = [f"{shorten(Path(name).name)}\n{cosine:.3f}" for cosine, name in found]
         draw(args.output, images, [f"{shorten(args.query.name)}\nquery", *captions])
         print(args.output)
     return 1 if failed else 0

@@ -224,6 +224,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    """0 if all went well, 1 if some photos could not be segmented, 2 if nothing could start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
@@ -236,18 +237,12 @@ def main() -> int:
     add("--model", default="vits14_reg", help="backbone for --like: an official model or a file (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names for --like: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels in masks (default: 255)")
-    default = "as in training; 518 with --like"
-    add("--size", type=int, help=f"side in pixels of a square as large as the resized photo (default: {default})")
-    add("--tile", type=int, default=1022, help="largest side in pixels of a tile (default: %(default)s)")
+    area = "side of a square with as many pixels as the resized photo"
+    add("--size", type=int, metavar="PIXELS", help=f"{area} (default: as in training; 518 with --like)")
+    add("--tile", type=int, default=1022, metavar="PIXELS", help="largest side of a tile (default: %(default)s)")
     add("--truth", type=Path, metavar="FOLDER", help="true masks, NAME.png: print mean IoU and pixel accuracy at the end")
-    add("--width", type=int, default=1000, help="maximum width of the overlays in pixels (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("segments"),
-        metavar="FOLDER",
-        help="of overlays and masks (default: %(default)s)",
-    )
+    add("--width", type=int, default=1000, metavar="PIXELS", help="of the overlays, at most (default: %(default)s)")
+    add("-o", "--output", type=Path, default=Path("segments"), metavar="FOLDER", help="default: %(default)s")
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 

@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
     result = run(*images, "--model", *models, "--layers", 0, -1, "--size", SIZE, "-o", page)
     assert result.returncode == 0, result.stderr
     assert f"{page}: {page.stat().st_size:,} bytes" in result.stdout
-    assert result.stdout.count("largest error of a cosine 0.0") == 2
+    assert result.stdout.count("largest cosine error 0.0") == 2
     return folder
 
 

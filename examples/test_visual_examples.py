@@ -237,6 +237,17 @@ def test_lost_finds_the_lesser_part_in_one_piece():
     assert nothing.shape == (h, w) and not nothing.any() and find_objects.find_box(nothing, 120, 100) is None
 
 
+def test_a_mask_with_most_of_the_border_is_that_of_the_background():
+    inside, speck = np.zeros((2, 9, 11), dtype=bool)
+    inside[2:, 3:8] = True  # 5 of 36 patches of the border
+    speck[0, 0] = True
+    assert np.array_equal(find_objects.exclude_border(inside), inside)
+    assert np.array_equal(find_objects.exclude_border(~inside), inside)
+    assert np.array_equal(find_objects.exclude_border(~(inside | speck)), inside)
+    for mask in (inside | ~inside, inside & ~inside):
+        assert np.array_equal(find_objects.exclude_border(mask), mask)
+
+
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN, replace(TINY, depth=1)])
 def test_keys_queries_and_values_are_those_of_the_last_block(config):
     model, x = random_model(config), torch.randn(3, 16, 24)
@@ -271,6 +282,7 @@ def test_finding_objects_says_where_and_draws_it(tmp_path):
     keys = find_objects.last_attention(model, x)["keys"]
     gram = keys @ keys.T
     mask = find_objects.lost(gram + find_objects.BIAS["keys"] * gram.mean(), x.shape[1] // 4, x.shape[2] // 4)
+    mask = find_objects.exclude_border(mask)
     box = find_objects.find_box(mask, 96, 64)
     left, top, right, bottom = box
     assert (right - left) * (bottom - top) < 96 * 64  # or all would be one
@@ -306,11 +318,11 @@ def test_with_a_bias_all_patches_are_alike_or_none_is(tmp_path, bias, box):
 
 @needs_real_weights
 @pytest.mark.parametrize("features", ["values", "queries", "keys"])
-def test_real_weights_find_the_cup_and_the_astronaut(tmp_path, features):
-    images = [EXAMPLES / "images" / name for name in ("astronaut.jpg", "coffee.jpg")]
+def test_real_weights_find_the_astronaut_the_cup_and_the_cat(tmp_path, features):
+    images = [EXAMPLES / "images" / name for name in ("astronaut.jpg", "coffee.jpg", "chelsea.jpg")]
     result = run("find_objects.py", *images, "--model", REAL_WEIGHTS, "--features", features, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
-    face, cup = (json.loads(line)["box"] for line in result.stdout.splitlines())
+    face, cup, _ = (json.loads(line)["box"] for line in result.stdout.splitlines())
     assert face[0] < 160 and face[1] < 40 and face[2] > 270 and face[3] > 200  # contains the head
     if features != "keys":  # which see all of her, and the flag
         assert 0.1 < (face[2] - face[0]) * (face[3] - face[1]) / 512**2 < 0.3
@@ -318,3 +330,6 @@ def test_real_weights_find_the_cup_and_the_astronaut(tmp_path, features):
     width, height = (max(0, min(cup[i + 2], true[i + 2]) - max(cup[i], true[i])) for i in (0, 1))
     area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (cup, true))
     assert width * height / (area - width * height) > 0.85
+    cat = np.asarray(Image.open(images[2])) == np.asarray(Image.open(tmp_path / "chelsea_object.png"))
+    assert cat[60:240, 120:330].mean() > 0.95  # her face is in the mask, although it fills most of the photo
+    assert cat[:60, 380:].mean() < 0.1  # what is behind her is not

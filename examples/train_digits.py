@@ -42,7 +42,10 @@ CONFIG = dinoreg.Config(
 
 
 def load_digits() -> tuple[list[Image.Image], Tensor]:
-    """The 5,000 digits as grey images, and what they are (5000,), in a random but fixed order of ten equal parts."""
+    """The 5,000 digits as grey images, and their classes (5000,), in a fixed random order.
+
+    The order repeats a pattern of all ten digits, so that each tenth of the data has equally many of each.
+    """
     pixels, digits = mnist_data()  # sorted by digit, 500 of each
     order = np.random.default_rng(0).permuted(np.arange(5000).reshape(10, 500), axis=1).T.flatten()
     images = [Image.fromarray(row.reshape(28, 28).astype(np.uint8)) for row in pixels[order]]
@@ -101,11 +104,11 @@ def write_scenes(folder: Path, images: list[Image.Image], digits: list[int]) -> 
 
 
 def augment(x: Tensor) -> Tensor:
-    """Images (B, C, H, W), each moved, turned, stretched and bent a little (Simard et al., 2003)."""
+    """Images (B, C, H, W) under small random affine transforms and elastic deformations (Simard et al., 2003)."""
     spread = torch.tensor([[0.15, 0.2, 0.15], [0.2, 0.15, 0.15]])  # in units of half the side of an image
     affine = torch.eye(2, 3) + spread * (2 * torch.rand(len(x), 2, 3) - 1)
-    bend = F.interpolate(0.08 * torch.randn(len(x), 2, 5, 5), size=x.shape[2:], mode="bicubic", align_corners=True)
-    grid = F.affine_grid(affine, list(x.shape), align_corners=False) + bend.permute(0, 2, 3, 1)
+    elastic = F.interpolate(0.08 * torch.randn(len(x), 2, 5, 5), size=x.shape[2:], mode="bicubic", align_corners=True)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False) + elastic.permute(0, 2, 3, 1)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
@@ -115,7 +118,7 @@ def accuracy(model: dinoreg.LinearClassifier, x: Tensor, digits: Tensor) -> floa
     return (model(x).argmax(dim=1) == digits).float().mean().item()
 
 
-def train(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     images, digits = load_digits()
     if args.folders:
@@ -149,7 +152,7 @@ def train(args: argparse.Namespace) -> int:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        bar.set_postfix_str(f"loss {loss:.3f}, held out {accuracy(model, held_out_x, held_out_digits):.1%}")
+        bar.set_postfix_str(f"loss {loss:.3f}, held-out accuracy {accuracy(model, held_out_x, held_out_digits):.1%}")
 
     dinoreg.save(model, args.output, LABELS)
     print(f"{args.output}: {accuracy(model, held_out_x, held_out_digits):.1%} accuracy on 1,000 held-out digits")
@@ -158,15 +161,20 @@ def train(args: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=HERE / "digits.safetensors", help="default: %(default)s")
-    parser.add_argument("--images", type=Path, help="write one held-out digit of each kind into this folder")
-    parser.add_argument("--folders", type=Path, help="only write 1,000 digits into this folder, in one of each digit's name")
-    parser.add_argument(
-        "--scenes", type=Path, help="only write photos with digits pasted in, and their masks, into this folder"
-    )
-    parser.add_argument("--epochs", type=int, default=90, help="default: %(default)s")
+    add = parser.add_argument
+    output = HERE / "digits.safetensors"
+    add("-o", "--output", type=Path, default=output, metavar="FILE", help="the trained model (default: %(default)s)")
+    add("--images", type=Path, metavar="FOLDER", help="also write one held-out image of each digit into this folder")
+    sub_folders = "do not train, but write 1,000 images into sub-folders of this folder, one for each digit"
+    add("--folders", type=Path, metavar="FOLDER", help=sub_folders)
+    scenes = "do not train, but write photos with digits pasted in, and their masks, into this folder"
+    add("--scenes", type=Path, metavar="FOLDER", help=scenes)
+    add("--epochs", type=int, default=90, help="default: %(default)s")
     common.add_device(parser)
-    return common.run(train, parser.parse_args())
+    args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error("--epochs must be at least 1")
+    return common.run(run, args)
 
 
 if __name__ == "__main__":

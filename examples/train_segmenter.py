@@ -206,11 +206,13 @@ def main() -> int:
     add("--classes", type=Path, metavar="FILE", help="class names: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels (default: %(default)s)")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
-    add("--size", type=int, default=448, help="side in pixels of a square as large as the resized photo (default: 448)")
+    area = "side of a square with as many pixels as the resized photo"
+    add("--size", type=int, default=448, metavar="PIXELS", help=f"{area} (default: %(default)s)")
     add("--layers", type=int, choices=(1, 4), default=1, help="last blocks whose patch tokens the head sees (default: 1)")
     add("--steps", type=int, default=500, help=f"training steps, of {BATCH} photos each (default: %(default)s)")
     add("--cache", type=Path, metavar="FOLDER", help="for the features of the photos (default: IMAGES.features)")
-    add("--output", type=Path, default=Path("segmenter.safetensors"), metavar="FILE", help="default: %(default)s")
+    output = Path("segmenter.safetensors")
+    add("-o", "--output", type=Path, default=output, metavar="FILE", help="the trained head (default: %(default)s)")
     common.add_device(parser)
     args = parser.parse_args()
     if args.steps < 1:

