@@ -1,6 +1,8 @@
-"""What the examples share: loading a backbone, reading images, principal components, error messages."""
+"""What the examples share: loading a backbone, reading images in batches, k-NN votes, principal components, errors."""
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples also run in a clone that is not installed
 import dinoreg
 
+BATCH = 16  # images that are read and computed at once
 OUTLIER = 3  # medians: outliers have about 10 times the norm of other tokens; on a scale of factors this is half way
 
 
@@ -55,6 +58,59 @@ def read_ahead(read: Callable, batches: Iterable[Sequence]) -> Iterator[list]:
 def split_batches(items: Sequence, size: int) -> Iterator[Sequence]:
     """Consecutive parts of a sequence, of `size` items each; the last one may be shorter."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@torch.inference_mode()
+def compute(
+    function: Callable[[list[Tensor]], Iterable[Tensor]], read: Callable[[Path], Tensor | str], paths: Sequence[Path]
+) -> Iterator[Tensor | str]:
+    """For each image file in turn: its result, or the reason why it could not be read.
+
+    `read` returns the tensor of a file or that reason, as `read_image` does; `function` takes the tensors of a batch and
+    returns a result for each.
+    """
+    for images in read_ahead(read, split_batches(paths, BATCH)):
+        tensors = [image for image in images if isinstance(image, Tensor)]
+        results = iter(function(tensors) if tensors else ())
+        for image in images:
+            yield next(results) if isinstance(image, Tensor) else image
+
+
+def stamp(path: Path) -> list[int] | None:
+    """The size and modification time of a file, which change with its contents; None if there is no such file."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+
+
+def feature_key(model: str, layers: int, size: int, paths: Iterable[Path]) -> str:
+    """A hash that changes if the model, the options or the contents of the files do: the key of cached features."""
+    stamps = [(str(path), stamp(path)) for path in (Path(model), *paths)]
+    return hashlib.sha256(json.dumps([layers, size, stamps]).encode()).hexdigest()
+
+
+def name_pictures(images: Sequence[Path], folder: Path, kind: str) -> list[Path]:
+    """A file in folder for the picture of each image, numbered if images of several folders share a name."""
+    pictures: list[Path] = []
+    for image in images:
+        picture, number = folder / f"{image.stem}_{kind}.png", 1
+        while picture in pictures:
+            number += 1
+            picture = folder / f"{image.stem}_{number}_{kind}.png"
+        pictures.append(picture)
+    return pictures
+
+
+def vote(train: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float = 0.07) -> Tensor:
+    """Votes (m, K) for queries (m, D), by the k rows of train (n, D) of the highest cosine similarity.
+
+    Each neighbour votes for its labels (n, K), weighted by the softmax of the similarities, as in the official k-NN
+    evaluation (dinov2/eval/knn.py).
+    """
+    train, queries, votes = F.normalize(train, dim=1), F.normalize(queries, dim=1), []
+    for part in queries.split(1024):
+        cosines, nearest = (part @ train.mT).topk(min(k, len(train)))  # (1024, k)
+        weights = (cosines / temperature).softmax(dim=1)
+        votes.append(torch.einsum("mk,mkc->mc", weights, labels[nearest]))
+    return torch.cat(votes)
 
 
 def to_pixels(x: Tensor) -> Tensor:

@@ -94,18 +94,6 @@ def draw(photo: Image.Image, mask: np.ndarray, box: list[int] | None) -> Image.I
     return picture
 
 
-def name_pictures(images: list[Path], folder: Path) -> list[Path]:
-    """A file in folder for the picture of each image; with a number, if images of several folders share a name."""
-    pictures: list[Path] = []
-    for image in images:
-        picture, number = folder / f"{image.stem}_object.png", 1
-        while picture in pictures:
-            number += 1
-            picture = folder / f"{image.stem}_{number}_object.png"
-        pictures.append(picture)
-    return pictures
-
-
 def run(args: argparse.Namespace) -> int:
     model = common.load_backbone(args.model, args.device)
     if args.size < model.patch_size:
@@ -114,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
 
     images, failed = dinoreg.find_images(args.images), 0
-    for image, path in zip(tqdm(images, unit="image"), name_pictures(images, args.output)):
+    for image, path in zip(tqdm(images, unit="image"), common.name_pictures(images, args.output, "object")):
         try:
             x = dinoreg.preprocess(image, args.size, keep_aspect=True, patch_size=model.patch_size)
             photo = dinoreg.to_rgb(Image.open(image))

@@ -29,15 +29,9 @@ from tqdm import tqdm
 import common
 import dinoreg
 
-BATCH = 16
 THUMBNAIL = 224  # pixels
 
 Index = dict[str, tuple[list[int], Tensor]]  # path in the folder: (stamp, feature (D,))
-
-
-def stamp(path: Path) -> list[int] | None:
-    """What tells a file from a changed one, its size and time of change; None if there is no such file."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
 
 
 def read_index(path: Path, model: list) -> Index:
@@ -59,7 +53,6 @@ def write_index(index: Index, path: Path, model: list) -> None:
     dinoreg.write_tensors({"features": features}, path, {"model": json.dumps(model), "files": json.dumps(files)})
 
 
-@torch.inference_mode()
 def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[Tensor | str]:
     """For each image file in turn: its CLS token (D,), of length 1, float16; or why it could not be read."""
 
@@ -67,13 +60,11 @@ def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[T
         image = common.read_image(path, model.config.crop_size)
         return f"{path}: {image}" if isinstance(image, str) else image
 
-    for images in common.read_ahead(read, common.split_batches(paths, BATCH)):
-        tensors = [image for image in images if isinstance(image, Tensor)]
-        if tensors:
-            features = model.embed(torch.stack(tensors).to(model.pos_embed.device))  # (B, D)
-            features = iter(F.normalize(features, dim=1).half().cpu())
-        for image in images:
-            yield next(features) if isinstance(image, Tensor) else image
+    def embed_batch(images: list[Tensor]) -> Tensor:
+        features = model.embed(torch.stack(images).to(model.pos_embed.device))  # (B, D)
+        return F.normalize(features, dim=1).half().cpu()
+
+    return common.compute(embed_batch, read, paths)
 
 
 def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
@@ -117,12 +108,12 @@ def shorten(text: str, width: int = 28) -> str:
 
 def update(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer) -> tuple[Index, int]:
     """The index as the folder is now, written if it is new; and how many images could not be read."""
-    identity = [args.model, stamp(Path(args.model))]
+    identity = [args.model, common.stamp(Path(args.model))]
     old = read_index(args.index, identity)
     paths = [path for path in dinoreg.find_images([args.folder]) if path.resolve() != args.output.resolve()]
     if paths in ([], [args.folder]):
         raise ValueError(f"{args.folder}: no images")
-    stamps = {path.relative_to(args.folder).as_posix(): stamp(path) for path in paths}
+    stamps = {path.relative_to(args.folder).as_posix(): common.stamp(path) for path in paths}
     index = {name: old[name] for name in stamps if name in old and old[name][0] == stamps[name]}
     kept, new, failed = len(index), [name for name in stamps if name not in index], 0
     features = embed(model, [args.folder / name for name in new])

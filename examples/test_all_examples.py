@@ -13,7 +13,16 @@ import pytest
 HERE = Path(__file__).parent
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith(("common", "masks", "test_")))
 CPU_ONLY = {"export_onnx", "quantize"}
-HAVE_OUTPUT = {"embed_corpus", "explore", "export_onnx", "find_objects", "train_digits", "visualize"}
+HAVE_OUTPUT = {
+    "embed_corpus",
+    "explore",
+    "export_onnx",
+    "find_objects",
+    "segment",
+    "train_digits",
+    "train_segmenter",
+    "visualize",
+}
 PACKAGES = ("matplotlib", "mlxtend", "onnxruntime", "scipy", "sklearn", "torchao", "tqdm")
 
 needs_packages = pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="the extra `examples` is not installed")

@@ -15,7 +15,6 @@ early blocks more slowly (Bao et al., 2021, https://arxiv.org/abs/2106.08254). A
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import common
 import dinoreg
 
-BATCH = 16  # images in the backbone at once
+BATCH = 16  # images in a step of --finetune
 HEAD_BATCH, HEAD_STEPS = 128, 2000
 LEARNING_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]  # of a batch of 256
 
@@ -60,26 +59,16 @@ def split(names: list[str], classes: Tensor) -> Tensor:
     return held_out
 
 
-@torch.inference_mode()
 def apply(function: Callable[[Tensor], Tensor], paths: list[Path], size: int, device: str) -> list[Tensor | str]:
     """What a function of images (B, 3, size, size) gives for each file, on the CPU; or why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
         return common.read_image(path, size)
 
-    results, bar = [], tqdm(total=len(paths), unit="image")
-    for images in common.read_ahead(read, common.split_batches(paths, BATCH)):
-        tensors = [image for image in images if isinstance(image, Tensor)]
-        outputs = iter(function(torch.stack(tensors).to(device)).float().cpu() if tensors else ())
-        results += [next(outputs) if isinstance(image, Tensor) else image for image in images]
-        bar.update(len(images))
-    bar.close()
-    return results
+    def apply_batch(images: list[Tensor]) -> Tensor:
+        return function(torch.stack(images).to(device)).float().cpu()
 
-
-def stamp(path: Path) -> list:
-    """What tells a file from any other, and from itself when it changed."""
-    return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else [str(path)]
+    return list(tqdm(common.compute(apply_batch, read, paths), total=len(paths), unit="image"))
 
 
 def cached_features(
@@ -87,8 +76,7 @@ def cached_features(
 ) -> tuple[Tensor, dict[str, str]]:
     """What the linear layer sees of the images that can be read (n, F), and why others cannot. Computed only if the
     cache is not of this model, these files and this size."""
-    key = json.dumps([stamp(Path(name)), model.layers, size, [stamp(path) for path in paths]])
-    key = hashlib.sha256(key.encode()).hexdigest()
+    key = common.feature_key(name, model.layers, size, paths)
     if cache.exists():
         tensors, metadata = dinoreg.read_tensors(cache)
         if "unreadable" not in metadata:  # it would be overwritten
@@ -105,15 +93,9 @@ def cached_features(
     return features, unreadable
 
 
-def vote(train: Tensor, classes: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+def vote(train: Tensor, classes: Tensor, queries: Tensor, k: int = 20) -> Tensor:
     """The class (m,) of each query (m, D), by the votes of the k training images (n, D) of the greatest cosines."""
-    train, queries, predicted = F.normalize(train, dim=1), F.normalize(queries, dim=1), []
-    for part in queries.split(1024):
-        cosines, nearest = (part @ train.mT).topk(min(k, len(train)))  # (1024, k)
-        votes = part.new_zeros(len(part), int(classes.max()) + 1)
-        votes.scatter_add_(1, classes[nearest], (cosines / temperature).softmax(dim=1))
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted)
+    return common.vote(train, F.one_hot(classes).float(), queries, k).argmax(dim=1)
 
 
 def train_head(model: dinoreg.LinearClassifier, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:

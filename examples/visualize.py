@@ -66,18 +66,6 @@ def draw(rows: dict[str, dict[str, Tensor]]) -> Figure:
     return figure
 
 
-def name_pictures(images: list[Path], folder: Path) -> list[Path]:
-    """A file in folder for the picture of each image; with a number, if images of several folders share a name."""
-    pictures: list[Path] = []
-    for image in images:
-        picture, number = folder / f"{image.stem}_features.png", 1
-        while picture in pictures:
-            number += 1
-            picture = folder / f"{image.stem}_{number}_features.png"
-        pictures.append(picture)
-    return pictures
-
-
 def run(args: argparse.Namespace) -> int:
     models = {}
     for source in args.model:
@@ -88,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     images, failed = dinoreg.find_images(args.images), 0
     norms: dict[str, list[Tensor]] = {source: [] for source in models}
-    for image, picture in zip(tqdm(images, unit="image"), name_pictures(images, args.output)):
+    for image, picture in zip(tqdm(images, unit="image"), common.name_pictures(images, args.output, "features")):
         inputs = [common.read_image(image, args.size, True, model.patch_size) for model in models.values()]
         if isinstance(inputs[0], str):
             tqdm.write(f"visualize: {image}: {inputs[0]}", file=sys.stderr)

@@ -1,0 +1,150 @@
+"""Masks: their files, their classes, how they look and how well they agree."""
+
+import colorsys
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+
+import common
+import dinoreg
+
+IGNORED = 255  # the value of pixels without a class in all masks in memory
+GAP = 4  # pixels between the photos of a picture
+
+Colour = tuple[int, int, int]
+Classes = dict[str, Colour]  # in the order of their indices; there are K
+
+
+def read_classes(path: Path) -> Classes:
+    """The classes of a text file: one name per line, in the order of the indices, with or without a colour, #rrggbb."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file of class names in UTF-8") from None
+    parts = [re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line).groups() for line in lines]
+    names = [name for name, _ in parts]
+    if not 2 <= len(names) <= IGNORED or len(set(names)) < len(names):
+        raise ValueError(f"{path}: must hold 2 to {IGNORED} different class names, one per line")
+    colours = [tuple(bytes.fromhex(colour)) if colour else None for _, colour in parts]
+    return {name: colour or default_colour(i) for i, (name, colour) in enumerate(zip(names, colours))}
+
+
+def default_colour(i: int) -> Colour:
+    """A bright colour for class i; the hues advance by the golden ratio, which keeps any number of them apart."""
+    red, green, blue = colorsys.hsv_to_rgb(i * 0.618 % 1, 0.75, 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def name_classes(count: int, mask: Path) -> Classes:
+    """Classes 0 to count - 1, named by their index, with the colours of the mask's palette if it has one."""
+    with open_image(mask) as image:
+        palette = iter(image.getpalette() or ())
+    colours = list(zip(palette, palette, palette))
+    return {str(i): colours[i] if i < len(colours) else default_colour(i) for i in range(count)}
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """The image of a file. Whatever PIL raises about it becomes a ValueError that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # PIL's decoders raise many types for broken files
+        raise ValueError(f"{path}: {common.reason(error)}") from None
+
+
+def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> np.ndarray:
+    """The class index (H, W) of each pixel, uint8, `IGNORED` where the mask has the index `ignore`.
+
+    The file holds indices, or the colours of the classes. Raises a ValueError if a value belongs to no class, or if the
+    size is not that of the upright photo.
+    """
+    with open_image(path) as image:
+        mode, pixels = image.mode, np.asarray(image)
+    with open_image(photo) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        width, height = image.size[::-1] if turned else image.size
+    if pixels.shape[:2] != (height, width):
+        raise ValueError(f"{path}: the mask is {pixels.shape[1]} x {pixels.shape[0]} pixels, its photo {width} x {height}")
+    if mode in ("RGB", "RGBA"):
+        if classes is None:
+            raise ValueError(f"{path}: a mask of colours needs --classes, a file with a name and a colour on each line")
+        values, pixels = np.unique(pixels[..., :3] @ [65536, 256, 1], return_inverse=True)
+        known = {red * 65536 + green * 256 + blue: i for i, (red, green, blue) in enumerate(classes.values())}
+        for value in values.tolist():
+            if value not in known:
+                raise ValueError(f"{path}: no class has the colour #{value:06x}")
+        pixels = np.array([known[value] for value in values.tolist()])[pixels.reshape(height, width)]
+    if pixels.ndim != 2 or pixels.dtype.kind == "f":
+        raise ValueError(f"{path}: a mask holds class indices or RGB colours, not pixels of mode {mode}")
+    count = len(classes) if classes else IGNORED
+    unknown = pixels[((pixels < 0) | (pixels >= count)) & (pixels != ignore)]
+    if unknown.size:
+        raise ValueError(f"{path}: no class has the index {unknown[0]}; there are {count}, and {ignore} is ignored")
+    return np.where(pixels == ignore, IGNORED, pixels).astype(np.uint8)
+
+
+def write_mask(mask: np.ndarray, path: Path, classes: Classes) -> None:
+    image = Image.fromarray(mask)
+    image.putpalette([value for colour in classes.values() for value in colour])
+    with dinoreg.atomic(path) as part:
+        image.save(part)
+
+
+def confusion(truth: np.ndarray, predicted: np.ndarray, K: int) -> np.ndarray:
+    """Pixels (K, K) of each true class, by predicted class; ignored ones are left out."""
+    valid = truth != IGNORED
+    return np.bincount(truth[valid].astype(int) * K + predicted[valid], minlength=K * K).reshape(K, K)
+
+
+def score(confusions: np.ndarray, classes: Classes) -> dict:
+    """Mean IoU, pixel accuracy and the IoU of each class (None if it occurs nowhere), from the sum of confusions."""
+    if not confusions.any():
+        raise ValueError("the masks to compare with have no labelled pixels")
+    right = confusions.diagonal()
+    union = confusions.sum(axis=0) + confusions.sum(axis=1) - right
+    iou = {name: r / u if u else None for name, r, u in zip(classes, right.tolist(), union.tolist())}
+    mean = np.mean([x for x in iou.values() if x is not None]).item()
+    return {"mean_iou": mean, "pixel_accuracy": (right.sum() / confusions.sum()).item(), "iou": iou}
+
+
+def overlay(photo: Image.Image, mask: np.ndarray, classes: Classes) -> Image.Image:
+    """The photo tinted in the colours of its classes; ignored pixels stay as they are."""
+    indices = np.asarray(Image.fromarray(mask).resize(photo.size, Image.Resampling.NEAREST))
+    colours = np.array([*classes.values()], np.uint8)[indices.clip(max=len(classes) - 1)]
+    tinted = Image.blend(photo, Image.fromarray(colours), 0.5)
+    return Image.composite(tinted, photo, Image.fromarray(indices != IGNORED))
+
+
+def draw(
+    views: list[tuple[Image.Image, np.ndarray | None]], shares: dict[str, float], classes: Classes, width: int
+) -> Image.Image:
+    """Photos side by side, under their masks, above a legend of the classes that occur; at most `width` pixels wide."""
+    aspects = [photo.width / photo.height for photo, _ in views]
+    height = min(photo.height for photo, _ in views)
+    gaps = GAP * (len(views) - 1)
+    height = min(height, max(1, int((width - gaps) / sum(aspects))))
+    panels = [photo.resize((round(height * aspect), height)) for (photo, _), aspect in zip(views, aspects)]
+    width = sum(panel.width for panel in panels) + gaps
+    font, places, x, y = ImageFont.load_default(14), [], 8, height + 8
+    for name, share in shares.items():
+        if share:
+            text = f"{name} {share:.1%}"
+            length = 20 + font.getlength(text)
+            if x > 8 and x + length > width:
+                x, y = 8, y + 22
+            places.append((x, y, text, classes[name]))
+            x += length + 16
+    picture = Image.new("RGB", (width, y + 24), "white")
+    left, pen = 0, ImageDraw.Draw(picture)
+    for panel, (_, mask) in zip(panels, views):
+        picture.paste(panel if mask is None else overlay(panel, mask, classes), (left, 0))
+        left += panel.width + GAP
+    for x, y, text, colour in places:
+        pen.rectangle((x, y, x + 13, y + 13), fill=colour, outline="black")
+        pen.text((x + 20, y - 2), text, fill="black", font=font)
+    return picture

@@ -1,0 +1,564 @@
+"""Tests of examples/train_segmenter.py, examples/segment.py and examples/masks.py."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import dinoreg
+
+pytest.importorskip("tqdm")
+
+HERE = Path(__file__).parent
+REAL_WEIGHTS = HERE.parents[1] / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16, crop_size=16)
+CLASSES = {"blue sky": (20, 30, 220), "leaf": (20, 200, 40), "brick": (220, 30, 20)}
+
+sys.path.insert(0, str(HERE))
+import masks  # noqa: E402
+import segment  # noqa: E402
+import train_segmenter  # noqa: E402
+
+
+def save_tiny(path, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = dinoreg.DinoVisionTransformer(replace(TINY, **changes))
+    torch.nn.init.normal_(model.patch_embed.proj.weight, std=0.3)  # colours count for more than the place
+    dinoreg.save(model, path)
+    return path
+
+
+def scene(seed, width=48, height=32):
+    """A noisy photo of a leaf and a brick, both rectangles, on the sky, and its mask."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((height, width), np.uint8)
+    for i, left in ((1, 0), (2, width // 2)):
+        x, y = left + rng.integers(2, 8), rng.integers(2, 8)
+        mask[y : y + height // 2, x : x + width // 3] = i
+    pixels = np.array([*CLASSES.values()])[mask] + rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
+
+
+def save_mask(mask, path, mode="P"):
+    colours = np.array([*CLASSES.values()], np.uint8)
+    if mode == "P":
+        image = Image.fromarray(mask)
+        image.putpalette([*colours.flatten().tolist(), *[0] * (768 - colours.size)])
+    else:
+        image = Image.fromarray({"L": mask, "I;16": mask.astype(np.uint16), "RGB": colours[mask.clip(max=2)]}[mode])
+    image.save(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Ten photos of different sizes in images/, some in a sub-folder, with masks in masks/, and classes.txt."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "more").mkdir(parents=True)
+    for i in range(10):
+        name = f"more/{i}.png" if i > 7 else f"{i}.png"
+        photo, mask = scene(i, *[(48, 32), (36, 48), (56, 28)][i % 3])
+        photo.save(tmp_path / "images" / name)
+        save_mask(mask, tmp_path / "masks" / name)
+    lines = [f"{name} #{bytes(colour).hex()}" for name, colour in CLASSES.items()]
+    (tmp_path / "classes.txt").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_tiny(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script in this process: its exit status, standard output and the lines of its error messages."""
+
+    def call(script, *arguments):
+        name = script.__name__
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = script.main()
+        except SystemExit as exit:  # argparse's
+            status = exit.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{name}")]
+
+    return call
+
+
+@pytest.fixture
+def train(call, data, model):
+    def train(*arguments, masks=data / "masks"):
+        fixed = ["--model", model, "--size", 40, "--output", data / "mine.safetensors"]
+        return call(train_segmenter, data / "images", masks, *fixed, *arguments)
+
+    return train
+
+
+def brute_force_iou(pairs, K):
+    """The IoU of each class over all (truth, predicted) pairs, pixel sets counted one class at a time."""
+    iou = []
+    for i in range(K):
+        both = sum(((truth == i) & (predicted == i)).sum() for truth, predicted in pairs)
+        either = sum((((truth == i) | (predicted == i)) & (truth != 255)).sum() for truth, predicted in pairs)
+        iou.append(both / either if either else None)
+    return iou
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, and serving what was trained
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
+    status, out, errors = train("--layers", layers, "--steps", 150, "--classes", data / "classes.txt")
+    assert status == 0 and not errors and "on 2 held-out photos" in out
+    assert float(out.split("mean IoU ")[1].partition("%")[0]) > 75
+    trained = segment.load(data / "mine.safetensors", "cpu")
+    assert trained.classes == CLASSES and trained.layers == layers and trained.backbone.config.crop_size == 40
+    for key, tensor in dinoreg.load(model).state_dict().items():  # the backbone is as it was
+        assert torch.equal(tensor, trained.backbone.state_dict()[key])
+
+    (data / "new").mkdir()
+    pairs = [scene(seed, 60, 40) for seed in (50, 51)]
+    for i, (photo, mask) in enumerate(pairs):
+        photo.save(data / f"{i}.png")
+        mask[:9] = 255
+        save_mask(mask, data / "new" / f"{i}.png", "L")
+    weights, photos = data / "mine.safetensors", [data / "0.png", data / "1.png"]
+    status, out, errors = call(segment, *photos, "--weights", weights, "--truth", data / "new", "--output", data / "out")
+    assert status == 0 and not errors
+    *records, scores = map(json.loads, out.splitlines())
+    assert [record["image"] for record in records] == [str(photo) for photo in photos]
+    predicted = []
+    for i, record in enumerate(records):
+        with Image.open(data / "out" / f"{i}_mask.png") as image:
+            assert image.mode == "P" and image.getpalette()[:9] == [x for colour in CLASSES.values() for x in colour]
+            predicted.append(np.asarray(image))
+        assert record["mask"] == str(data / "out" / f"{i}_mask.png")
+        shares = [(predicted[i] == k).mean() for k in range(3)]
+        assert list(record["shares"]) == list(CLASSES)
+        np.testing.assert_allclose(list(record["shares"].values()), shares, atol=1e-4)
+    iou = brute_force_iou([(mask, found) for (_, mask), found in zip(pairs, predicted)], 3)
+    np.testing.assert_allclose(list(scores["iou"].values()), iou, atol=1e-9)
+    assert scores["mean_iou"] == pytest.approx(np.mean(iou)) and scores["mean_iou"] > 0.7
+
+
+def test_the_held_out_score_is_that_of_the_written_model(data, train, call):
+    (data / "val").symlink_to(data / "images")
+    status, out, _ = train("--steps", 60, "--val", data / "val", data / "masks")
+    told = float(out.split("mean IoU ")[1].partition("%")[0])
+    for i in (8, 9):
+        (data / "masks" / f"{i}.png").symlink_to(data / "masks" / "more" / f"{i}.png")
+    arguments = ["--weights", data / "mine.safetensors", "--truth", data / "masks", "--output", data / "out"]
+    status, out, _ = call(segment, data / "images", *arguments)
+    scores = json.loads(out.splitlines()[-1])
+    assert status == 0 and 100 * scores["mean_iou"] == pytest.approx(told, abs=0.5)  # features were rounded to float16
+    assert list(scores["iou"]) == ["0", "1", "2"]  # named by their index
+    assert segment.load(data / "mine.safetensors", "cpu").classes == dict(zip("012", CLASSES.values()))  # the palette
+
+
+def test_the_head_is_batch_norm_and_a_1x1_convolution():
+    torch.manual_seed(0)
+    model = segment.Segmenter(dinoreg.DinoVisionTransformer(TINY), CLASSES, layers=4)
+    norm, conv = torch.nn.BatchNorm2d(128), torch.nn.Conv2d(128, 3, 1)
+    for parameter in (*model.head[0].parameters(), *model.head[1].parameters()):
+        torch.nn.init.normal_(parameter)
+    torch.nn.init.uniform_(model.head[0].running_var, 0.5, 2)
+    norm.load_state_dict(model.head[0].state_dict())
+    conv.load_state_dict({"weight": model.head[1].weight[..., None, None], "bias": model.head[1].bias})
+    x = torch.randn(2, 3, 16, 24)
+    for mode in (False, True):
+        model.train(mode), norm.train(mode)
+        layers = model.backbone.get_intermediate_layers(x, n=4, reshape=True)
+        expected = conv(norm(torch.cat(layers, dim=1)))
+        torch.testing.assert_close(model(x).permute(0, 3, 1, 2), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_features_are_computed_once_and_kept_in_half_precision(data, model, train):
+    assert "10 photos computed, 0 kept" in train("--steps", 5)[1]
+    first = dinoreg.read_tensors(data / "mine.safetensors")[0]
+    photos = {str(data / "images" / "3.png")}
+    for path in (data / "images.features").iterdir():
+        tensors, metadata = dinoreg.read_tensors(path)
+        if metadata["photo"] in photos:
+            x = dinoreg.preprocess(metadata["photo"], 40, keep_aspect=True, patch_size=4)[None]
+            with torch.inference_mode():
+                (expected,) = dinoreg.load(model).get_intermediate_layers(x)
+            assert tensors["features"].dtype == torch.float16 and tensors["features"].shape[:2] == (8, 12)
+            torch.testing.assert_close(tensors["features"].flatten(0, 1).float(), expected[0], atol=5e-3, rtol=1e-3)
+            photos.remove(metadata["photo"])
+    assert not photos
+
+    assert "0 photos computed, 10 kept" in train("--steps", 5)[1]
+    again = dinoreg.read_tensors(data / "mine.safetensors")[0]
+    assert all(torch.equal(first[key], again[key]) for key in first)  # the same seed, the same head
+    photo, _ = scene(70)
+    photo.save(data / "images" / "0.png")
+    assert "1 photos computed, 9 kept" in train("--steps", 5)[1]
+    assert "10 photos computed, 0 kept" in train("--steps", 5, "--size", 32)[1]
+    assert "0 photos computed, 10 kept" in train("--steps", 5)[1]  # those of the other size are still there
+    save_tiny(model, 1)
+    assert "10 photos computed, 0 kept" in train("--steps", 5)[1]
+
+
+def test_ignored_pixels_do_not_count(data, train):
+    heads = []
+    for index in (7, 9):  # two values for the same pixels
+        folder = data / f"ignoring {index}"
+        (folder / "more").mkdir(parents=True)
+        for path in (data / "masks").rglob("*.png"):
+            mask = np.array(Image.open(path))
+            mask[:, ::3] = index
+            save_mask(mask, folder / path.relative_to(data / "masks"), "L")
+        status, _, errors = train("--steps", 10, "--classes", data / "classes.txt", "--ignore", index, masks=folder)
+        assert status == 0 and not errors
+        heads.append(dinoreg.read_tensors(data / "mine.safetensors")[0]["head.1.weight"].clone())
+    assert torch.equal(*heads)
+    train("--steps", 10, "--classes", data / "classes.txt")
+    assert not torch.equal(heads[0], dinoreg.read_tensors(data / "mine.safetensors")[0]["head.1.weight"])
+
+
+def test_what_cannot_be_used_costs_a_line_each(data, train):
+    (data / "images" / "0.png").write_text("no image")
+    (data / "masks" / "1.png").unlink()
+    (data / "images" / "2.png").unlink()
+    Image.new("L", (5, 6)).save(data / "masks" / "3.png")
+    save_mask(np.full((48, 36), 3, np.uint8), data / "masks" / "4.png", "L")
+    (data / "masks" / "5.png").write_bytes((data / "masks" / "5.png").read_bytes()[:90])
+    for computed in (4, 0):  # also when features come from the cache
+        status, out, errors = train("--steps", 5, "--classes", data / "classes.txt")
+        assert status == 1 and f"{computed} photos computed" in out and "held-out" in out
+        assert len(errors) == 6
+        for name, reason in [
+            ("images/0.png", "cannot identify"),
+            ("images/1.png", "no mask of this name"),
+            ("masks/2.png", "no photo of this name"),
+            ("masks/3.png", "the mask is 5 x 6 pixels, its photo 48 x 32"),
+            ("masks/4.png", "no class has the index 3; there are 3, and 255 is ignored"),
+            ("masks/5.png", "Truncated"),
+        ]:
+            (line,) = [line for line in errors if f"{name}: " in line]
+            assert reason in line
+
+
+def test_a_photo_that_decodes_only_in_part_is_left_out(data, train):
+    photo = data / "images" / "0.png"
+    photo.write_bytes(photo.read_bytes()[:-600])  # its header is whole, so its size is known
+    for _ in range(2):
+        status, _, errors = train("--steps", 5)
+        assert status == 1 and len(errors) == 1 and "images/0.png: " in errors[0]
+
+
+def test_training_says_what_is_wrong_in_a_line(call, data, model):
+    for name in ("empty", "one", "one masks", "zeros"):
+        (data / name).mkdir()
+    photo, mask = scene(0)
+    photo.save(data / "one" / "a.png")
+    save_mask(mask, data / "one masks" / "a.png")
+    for path in (data / "images").rglob("*.png"):
+        folder = data / "zeros" / path.parent.relative_to(data / "images")
+        folder.mkdir(exist_ok=True)
+        Image.new("L", Image.open(path).size).save(folder / path.name)
+    (data / "twice.txt").write_text("a\nb\na\n")
+    (data / "binary.txt").write_bytes(b"\xff\xfe\xfa")
+    images, masks, output = data / "images", data / "masks", data / "mine.safetensors"
+    for arguments, message in [
+        ([data / "nowhere", masks], "nowhere: no such folder"),
+        ([images, data / "nowhere"], "nowhere: no such folder"),
+        ([images, images], "must be in different folders"),
+        ([data / "empty", masks], "one photo to train on and one to hold out are needed"),
+        ([data / "one", data / "one masks"], "one photo to train on and one to hold out are needed"),
+        ([images, data / "zeros"], "the masks hold a single class"),
+        ([images, masks, "--model", data / "nothing.pth"], "no such file"),
+        ([images, masks, "--classes", data / "nothing.txt"], "No such file"),
+        ([images, masks, "--classes", data / "twice.txt"], "different class names"),
+        ([images, masks, "--classes", data / "binary.txt"], "not a text file"),
+        ([images, masks, "--size", 3], "--size must be at least 4"),
+        ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
+        ([images, masks, "--output", data / "nowhere" / "x.safetensors"], "folder that can be written to"),
+        ([images, masks, "--steps", 0], "--steps must be at least 1"),
+    ]:
+        status, _, errors = call(train_segmenter, "--model", model, "--size", 40, "--output", output, *arguments)
+        assert status == 2 and message in errors[-1], (arguments, errors)
+    assert not output.exists()
+    shallow = save_tiny(data / "shallow.safetensors", depth=2)
+    status, _, errors = call(train_segmenter, images, masks, "--model", shallow, "--layers", 4, "--output", output)
+    assert status == 2 and "--layers must be at most 2" in errors[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a photo to the class of each pixel
+
+
+def test_tiles_give_what_the_whole_image_gives():
+    """If no token sees another and none knows its place."""
+    torch.manual_seed(0)
+    backbone = dinoreg.DinoVisionTransformer(TINY).eval()
+    torch.nn.init.zeros_(backbone.pos_embed)
+    for block in backbone.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    model = segment.Segmenter(backbone, CLASSES).eval()
+    x, seen = torch.randn(3, 13 * 4, 22 * 4), []
+
+    def spy(x):
+        seen.append(x.shape[2:])
+        return model(x)
+
+    with torch.inference_mode():
+        whole = model(x[None])[0]
+        for tile in (1, 5, 9, 13, 22, 99):
+            seen.clear()
+            torch.testing.assert_close(segment.run_tiles(spy, x, tile, 4), whole, atol=1e-5, rtol=1e-4)
+            assert max(max(shape) for shape in seen) == 4 * min(tile, 22)
+    assert seen == [(52, 88)]  # one tile, if the image fits
+
+
+@pytest.mark.parametrize("length", [*range(1, 40), 1000])
+def test_tiles_cover_all_and_overlap_by_a_third(length):
+    starts = segment.tile_starts(length, 9)
+    assert starts[0] == 0 and starts[-1] == max(0, length - 9)
+    assert all(0 < b - a <= 6 for a, b in itertools.pairwise(starts))
+
+
+def test_pixels_are_those_of_upsampled_logits():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 5, 4)
+    full = F.interpolate(logits.permute(2, 0, 1)[None], (201, 133), mode="bilinear")[0]
+    first, second = full.sort(dim=0, descending=True).values[:2]
+    clear = (first - second > 1e-5).numpy()
+    assert clear.mean() > 0.99
+    assert np.array_equal(segment.classify_pixels(logits, 201, 133)[clear], full.argmax(dim=0).numpy()[clear])
+
+
+def test_scores_are_those_of_pixel_sets():
+    rng = np.random.default_rng(0)
+    pairs = [(rng.choice([0, 1, 3, 255], (20, 30)), rng.choice([0, 1, 3], (20, 30))) for _ in range(3)]
+    names = dict.fromkeys("abcd", (0, 0, 0))
+    scores = masks.score(sum(masks.confusion(*pair, 4) for pair in pairs), names)
+    assert list(scores["iou"].values()) == pytest.approx(brute_force_iou(pairs, 4)) and scores["iou"]["c"] is None
+    assert scores["mean_iou"] == pytest.approx(np.mean([x for x in scores["iou"].values() if x is not None]))
+    valid = np.concatenate([truth[truth != 255] == predicted[truth != 255] for truth, predicted in pairs])
+    assert scores["pixel_accuracy"] == pytest.approx(valid.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and classes
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "I;16", "RGB"])
+def test_masks_of_indices_and_of_colours_are_the_same(tmp_path, mode):
+    photo, mask = scene(0)
+    photo.save(tmp_path / "photo.png")
+    save_mask(mask, tmp_path / "mask.png", mode)
+    read = masks.read_mask(tmp_path / "mask.png", tmp_path / "photo.png", CLASSES, 255)
+    assert read.dtype == np.uint8 and np.array_equal(read, mask)
+    without = masks.read_mask(tmp_path / "mask.png", tmp_path / "photo.png", CLASSES, 1)
+    assert np.array_equal(without, np.where(mask == 1, 255, mask))
+
+
+def test_a_mask_fits_the_upright_photo(tmp_path):
+    photo, mask = scene(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif)
+    save_mask(mask, tmp_path / "mask.png")
+    assert masks.read_mask(tmp_path / "mask.png", tmp_path / "turned.jpg", CLASSES, 255).shape == (32, 48)
+
+
+def test_what_is_no_mask_is_refused(tmp_path):
+    photo, mask = scene(0)
+    photo.save(tmp_path / "photo.png")
+    colours = np.array([*CLASSES.values()], np.uint8)[mask]
+    colours[3, 4] = (1, 2, 3)
+    Image.fromarray(colours).save(tmp_path / "colours.png")
+    Image.fromarray(mask.astype(np.float32)).save(tmp_path / "floats.tiff")
+    save_mask(np.where(mask == 2, 254, mask).astype(np.uint8), tmp_path / "254.png", "L")
+    for name, classes, message in [
+        ("colours.png", CLASSES, "no class has the colour #010203"),
+        ("colours.png", None, "needs --classes"),
+        ("floats.tiff", CLASSES, "not pixels of mode F"),
+        ("254.png", CLASSES, "no class has the index 254"),
+        ("none.png", CLASSES, "No such file"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            masks.read_mask(tmp_path / name, tmp_path / "photo.png", classes, 255)
+    assert masks.read_mask(tmp_path / "254.png", tmp_path / "photo.png", None, 255).max() == 254
+
+
+def test_classes_come_with_or_without_colours(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("\ufeffnight sky  #010203\r\n\r\n#ffffff\n  tree #1\n", encoding="utf-8")
+    classes = masks.read_classes(path)
+    assert list(classes) == ["night sky", "#ffffff", "tree #1"] and classes["night sky"] == (1, 2, 3)
+    assert len({masks.default_colour(i) for i in range(255)}) == 255
+
+
+def test_the_picture_shows_each_class_in_its_colour():
+    photo, mask = Image.new("RGB", (200, 100), (100, 100, 100)), np.zeros((100, 200), np.uint8)
+    mask[:, 100:] = 2
+    mask[:10] = 255
+    picture = masks.draw([(photo, None), (photo, mask)], {"blue sky": 0.5, "leaf": 0, "brick": 0.5}, CLASSES, 1000)
+    pixels = np.asarray(picture)
+    assert picture.width == 404 and picture.height > 100
+    assert (pixels[:100, :200] == 100).all() and (pixels[:10, 204:404] == 100).all()
+    assert tuple(pixels[50, 254]) == (60, 65, 160) and tuple(pixels[50, 354]) == (160, 65, 60)  # half of both
+    legend = {tuple(pixel) for pixel in pixels[100:].reshape(-1, 3)}
+    assert {CLASSES["blue sky"], CLASSES["brick"]} <= legend and CLASSES["leaf"] not in legend
+    narrow = masks.draw([(photo, mask)], {"blue sky": 0.5, "brick": 0.5}, CLASSES, 100)
+    assert narrow.width == 100 and narrow.height > 50 + 40  # the legend takes two lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By example
+
+
+def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment, "NEIGHBOURS", 3)
+    model = dinoreg.load(save_tiny(tmp_path / "model.safetensors"))
+    photo, mask = scene(0)
+    photo.save(tmp_path / "photo.png")
+    mask[:, :9] = 255  # columns 0 and 1 of the patches, and a quarter of column 2
+    query = torch.randn(1, 3, 20, 28)
+    with torch.inference_mode():
+        found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 39, 99, 3)(query)
+        x = dinoreg.preprocess(tmp_path / "photo.png", 39, keep_aspect=True, patch_size=4)
+        known, asked = (F.normalize(model.get_intermediate_layers(y)[0][0], dim=1) for y in (x[None], query))
+    assert x.shape == (3, 32, 48) and found.shape == (1, 5, 7, 3)
+    patches = [(i, mask[i // 12 * 4 :, i % 12 * 4 :][:4, :4]) for i in range(96) if i % 12 > 1]
+    for position, vector in enumerate(asked):
+        nearest = sorted(patches, key=lambda patch: -(known[patch[0]] @ vector).item())[:3]
+        weights = np.exp([(known[i] @ vector).item() / 0.07 for i, _ in nearest])
+        shares = np.array([[(part == k).mean() for k in range(3)] for _, part in nearest])
+        expected = weights / weights.sum() @ shares
+        np.testing.assert_allclose(found[0, position // 7, position % 7], expected, atol=1e-4)
+
+
+def test_one_annotated_photo_is_enough(data, model, call):
+    photo, mask = scene(3, 80, 60)
+    photo.save(data / "3x.png")
+    (data / "truth").mkdir()
+    save_mask(mask, data / "truth" / "3x.png")
+    like = [data / "images" / "0.png", data / "masks" / "0.png"]
+    arguments = ["--like", *like, "--model", model, "--size", 60, "--truth", data / "truth", "--output", data / "out"]
+    status, out, errors = call(segment, data / "3x.png", *arguments, "--tile", 48)
+    record, scores = map(json.loads, out.splitlines())
+    assert status == 0 and not errors and list(record["shares"]) == ["0", "1", "2"]
+    assert scores["mean_iou"] > 0.75
+    with Image.open(data / "out" / "3x_segments.png") as picture:
+        assert 138 < picture.width < 148  # of the example, the photo and the result, 32 pixels high
+
+
+def test_several_annotated_photos_complete_each_other(data, model, call):
+    like = []
+    for i, hidden in ((0, 1), (3, 2)):  # no leaf in the first, no brick in the second
+        mask = np.array(Image.open(data / "masks" / f"{i}.png"))
+        save_mask(np.where(mask == hidden, 255, mask).astype(np.uint8), data / f"{i}.png")
+        like += ["--like", data / "images" / f"{i}.png", data / f"{i}.png"]
+    arguments = ["--model", model, "--size", 60, "--truth", data / "masks", "--output", data / "out"]
+    for count in (3, 6):
+        status, out, errors = call(
+            segment, data / "images" / "6.png", *like[:count], *arguments, "--classes", data / "classes.txt"
+        )
+        assert status == 0 and not errors
+        assert (json.loads(out.splitlines()[-1])["iou"]["leaf"] > 0.7) == (count == 6)
+
+
+def test_segmenting_says_what_is_wrong_in_a_line(data, model, call):
+    classifier = dinoreg.LinearClassifier(dinoreg.load(model), 3)
+    dinoreg.save(classifier, data / "classifier.safetensors", ["a", "b", "c"])
+    segment.save(segment.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors")
+    tensors, metadata = dinoreg.read_tensors(data / "good.safetensors")
+    for name, changes in {"layers": {"layers": "2"}, "many": {"layers": "9"}, "classes": {"classes": "[1]"}}.items():
+        dinoreg.write_tensors(tensors, data / f"{name}.safetensors", metadata | changes)
+    save_mask(np.full((32, 48), 255, np.uint8), data / "nothing.png", "L")
+    Image.new("L", (3, 3)).save(data / "small.png")
+    photo, mask = data / "images" / "0.png", data / "masks" / "0.png"
+    like = ["--model", model, "--like", photo]
+    for arguments, message in [
+        ([], "--weights --like is required"),
+        (["--weights", data / "none.safetensors"], "no such file"),
+        (["--weights", photo], "not a checkpoint"),
+        (["--weights", model], "not a segmenter"),
+        (["--weights", data / "classifier.safetensors"], "not a segmenter"),
+        (["--weights", data / "layers.safetensors"], "a damaged segmenter"),
+        (["--weights", data / "many.safetensors"], "a damaged segmenter (9 layers of 4)"),
+        (["--weights", data / "classes.safetensors"], "a damaged segmenter"),
+        (["--weights", data / "good.safetensors", "--size", 2], "must be at least 4"),
+        (["--weights", data / "good.safetensors", "--tile", 2], "must be at least 4"),
+        ([*like, data / "none.png"], "none.png: No such file"),
+        ([*like, data / "small.png"], "the mask is 3 x 3 pixels, its photo 48 x 32"),
+        ([*like, data / "nothing.png"], "no labelled pixels"),
+        (["--model", model, "--like", data / "none.png", mask], "none.png: No such file"),
+    ]:
+        status, out, errors = call(segment, photo, "--size", 40, "--output", data / "out", *arguments)
+        assert status == 2 and message in errors[-1] and not out, (arguments, errors)
+    assert not (data / "out").exists()
+
+
+def test_segmenting_goes_on_after_a_bad_photo(data, model, call):
+    (data / "bad.jpg").write_text("no image")
+    (data / "other").mkdir()
+    scene(1)[0].save(data / "other" / "0.png")
+    segment.save(segment.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors")
+    photos = [data / "bad.jpg", data / "images" / "0.png", data / "none.png", data / "other"]
+    status, out, errors = call(segment, *photos, "--weights", data / "good.safetensors", "--output", data / "out")
+    assert status == 1 and [line.split(": ")[1] for line in errors] == [str(photos[0]), str(photos[2])]
+    assert [Path(json.loads(line)["mask"]).name for line in out.splitlines()] == ["0_mask.png", "0_2_mask.png"]
+    assert sorted(os.listdir(data / "out")) == ["0_2_mask.png", "0_2_segments.png", "0_mask.png", "0_segments.png"]
+
+
+def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
+    arguments = ["--model", model, "--size", "40", "--steps", "2", "--output", data / "mine.safetensors"]
+    command = [sys.executable, HERE / "train_segmenter.py", data / "images", data / "masks", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real data
+
+
+def test_pasted_digits_have_their_exact_mask():
+    train_digits = pytest.importorskip("train_digits")
+    rng = np.random.default_rng(0)
+    photo = Image.new("RGB", (700, 200), (255, 255, 255))
+    bar = Image.new("L", (28, 28))
+    bar.paste(255, (10, 4, 18, 24))
+    image, mask = train_digits.paste_digits(photo, [(bar, 7), (bar, 0), (bar, 7)], rng, columns=4)
+    assert image.size == mask.size == (672, 168) and set(np.unique(mask)) == {0, 1, 8}
+    painted = (np.asarray(image).astype(int) != 255).any(axis=2)
+    index = np.asarray(mask)
+    assert painted[index > 0].all() and painted[index == 0].mean() < 0.05  # the rim is half transparent
+    smallest, largest = (8 * 20 / 28**2 * side**2 for side in (126, 168))  # the area of the bar, in the mask's pixels
+    assert 0.95 * smallest < (index == 1).sum() < 1.05 * largest
+    assert 2 * 0.95 * smallest < (index == 8).sum() < 2 * 1.05 * largest
+    assert mask.getpalette()[:6] == [0, 0, 0, *bytes.fromhex(train_digits.COLOURS[0][1:])]
+
+
+@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
+def test_real_weights_know_an_admiral_by_an_astronaut(tmp_path, call):
+    cbook = pytest.importorskip("matplotlib.cbook")
+    photo, annotated = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), HERE / "annotated"
+    like = ["--like", HERE / "images" / "astronaut.jpg", annotated / "astronaut.png"]
+    arguments = ["--classes", annotated / "astronaut.txt", "--model", REAL_WEIGHTS, "--output", tmp_path]
+    status, _, errors = call(segment, photo, *like, *arguments)
+    assert status == 0 and not errors
+    mask = np.asarray(Image.open(tmp_path / "grace_hopper_mask.png"))
+    background, hair, face, flag, clothes = range(5)
+    assert (mask[40:350, 420:500] == background).mean() > 0.95
+    assert (mask[210:320, 200:330] == face).mean() > 0.95
+    assert (mask[20:280, 20:120] == flag).mean() > 0.7
+    assert (mask[440:590, 60:480] == clothes).mean() > 0.95
+    assert (mask == hair).mean() < 0.15
