@@ -3,9 +3,9 @@
     pip install -e ".[ray]"
     python examples/embed_corpus.py SOURCE --output FOLDER
 
-SOURCE is a folder of images, a glob in quotes, or Parquet files with a column `uri` and, unless the images are to be read
-from there, a column `bytes`; no uri occurs twice. Paths in Parquet files are absolute. URIs are of any storage that fsspec
-knows: for s3:// install s3fs, for gs:// gcsfs. Columns of the output:
+SOURCE is a folder of images, a glob in quotes, or Parquet files with a column `uri` of unique URIs or absolute paths. Their
+column `bytes`, if there is one, holds the image files; otherwise they are read from their URIs. Any storage of fsspec works,
+s3:// with s3fs and gs:// with gcsfs installed. Columns of the output:
 
     path            string: the path or URI of the image
     embedding       fixed-size list of D float16: what `model.embed` returns; null if the image could not be read
@@ -13,15 +13,15 @@ knows: for s3:// install s3fs, for gs:// gcsfs. Columns of the output:
     width, height   int32: the size of the image file in pixels
     error           string: why the image could not be read; null if it was read
 
-A run that was killed continues where it stopped when it is started again; a later run embeds only what is new. Errors are
-not tried again. Paths are held in memory, 2.5 GB for 10 million: split larger corpora into several runs. To start a cluster:
+A run that was killed continues where it stopped when it is started again; a later run embeds only what is new, and does not
+retry errors. Paths are held in memory, 2.3 GB for 10 million: split larger corpora into several runs. To start a cluster:
 
     ray start --head                                # on one machine; all need the same Python environment
     ray start --address HEAD:6379                   # on each of the others
     RAY_ADDRESS=ray://HEAD:10001 python examples/embed_corpus.py s3://bucket/images --output s3://bucket/embeddings
 
-The weights are needed on this machine only: workers get the model from Ray. If Ray misses an authentication token, set
-RAY_AUTH_MODE=token, too. A run whose connection to ray:// is lost goes on for 30 seconds: wait as long before the next one.
+The weights are needed on this machine only: workers get the model from Ray. If Ray reports a missing authentication token,
+set RAY_AUTH_MODE=token as well. If the connection to ray:// breaks, the run continues for 30 seconds: restart it after that.
 """
 
 import argparse
