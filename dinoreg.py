@@ -245,7 +245,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [(len(x), x.shape[1])]]
+        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [x.shape[:2]]]
         return x * pack(keep).view(*x.shape[:2], 1) / (1 - self.rate)
 
 
@@ -599,7 +599,7 @@ def read_pixels(
 def normalize(pixels: Tensor) -> Tensor:
     """Pixels (..., 3, H, W), uint8 -> float32, by ImageNet's mean and standard deviation of each channel."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device)[..., None, None]
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    return (pixels / 255).sub_(mean).div_(std)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

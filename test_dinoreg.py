@@ -1934,11 +1934,19 @@ def test_quantize_tells_speed_and_nearness(tmp_path):
 
 def run_benchmark(*args, **env) -> list[list[str]]:
     """The cells of the table that it prints, row by row."""
+    return table_rows(benchmark_output(*args, **env))
+
+
+def table_rows(lines: list[str]) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+
+
+def benchmark_output(*args, **env) -> list[str]:
     pytest.importorskip("tqdm")
     command = [sys.executable, HERE / "examples" / "benchmark.py", *args, "--turns", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
     assert result.returncode == 0, result.stderr
-    return [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
+    return result.stdout.splitlines()
 
 
 @pytest.fixture
@@ -2005,9 +2013,12 @@ def test_benchmark_of_the_start(torch_home_with_hub):
 def test_benchmark_of_fast_decoding(tmp_path):
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth").symlink_to(REAL_WEIGHTS)
-    for _, pixels, decoded, _, reduced, bfloat16 in run_benchmark("fast", TORCH_HOME=str(tmp_path))[2:]:
+    lines = benchmark_output("fast", TORCH_HOME=str(tmp_path))
+    for _, pixels, decoded, _, reduced, bfloat16 in table_rows(lines)[2:]:
         assert 0.999 < float(reduced) <= 1 and (decoded != pixels or float(reduced) == 1)
         assert 0.999 < float(bfloat16) < 1
+    (same,) = re.findall(r"Of 96 random crops of these photos, (\d+) have", "\n".join(lines))
+    assert 80 < int(same) <= 96
 
 
 @pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")

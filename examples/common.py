@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples als
 import dinoreg
 
 BATCH = 16  # images that are read and computed at once
-OUTLIER = 3  # medians: outliers have about 10 times the norm of other tokens; on a scale of factors this is half way
+OUTLIER = 3  # times the median norm; outliers have about 10 times the norm of other tokens
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def load_backbone(source: str, device: str = "cpu") -> dinoreg.DinoVisionTransformer:
-    """The backbone of an official name or a file; of a classifier, its backbone alone."""
+    """The backbone of an official model or of a file, also if that is a classifier."""
     model = dinoreg.load(source, device=device)
     return model.backbone if isinstance(model, dinoreg.LinearClassifier) else model
 
@@ -120,15 +120,15 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def principal_components(x: Tensor) -> Tensor:
-    """The first three principal components of M points: (M, D) -> (M, 3); zeros in place of those that are missing."""
+    """The first three principal components of M points: (M, D) -> (M, 3); missing ones are zero."""
     x = x - x.mean(dim=0)
     axes = torch.linalg.svd(x, full_matrices=False).Vh[:3]  # (3, D)
-    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # either way along an axis is right: always take the same
+    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # the sign of an axis is arbitrary: fix it
     return F.pad(x @ axes.T, (0, 3 - len(axes)))
 
 
 def find_foreground(patches: Tensor, h: int, w: int) -> Tensor:
-    """Patch features (h * w, D) -> (h, w), bool: the side of the first component that has less of the border."""
+    """Patch features (h * w, D) -> (h, w), bool: the side of the first component with fewer patches at the border."""
     foreground = principal_components(patches)[:, 0].unflatten(0, (h, w)) > 0
     border = torch.ones(h, w, dtype=torch.bool)
     border[1:-1, 1:-1] = False
@@ -136,11 +136,11 @@ def find_foreground(patches: Tensor, h: int, w: int) -> Tensor:
 
 
 def colour(patches: Tensor, foreground: Tensor) -> Tensor:
-    """Patch features (h * w, D) as colours (h, w, 3) in [0, 1]: black, but for the foreground (h, w)."""
+    """Patch features (h * w, D) as colours (h, w, 3) in [0, 1]; the background is black."""
     colours = torch.zeros(*foreground.shape, 3)
     if foreground.any():
         components = principal_components(patches[foreground.flatten()])
-        low, high = components.quantile(torch.tensor([0.02, 0.98]), dim=0)  # a few extremes shall not dull all others
+        low, high = components.quantile(torch.tensor([0.02, 0.98]), dim=0)  # so that a few extremes do not compress the rest
         colours[foreground] = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     return colours
 

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("folder", type=Path, help="has one sub-folder of images per class")

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """0 if the outputs agree, 1 if they differ by more than TOLERANCE, 2 if nothing could start."""
+    """0 if the outputs agree, 1 if they differ by more than TOLERANCE, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("model", nargs="?", default="vits14_reg_lc", help="an official model or a file of weights (default: %(default)s)")

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=LIMITS)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")

@@ -54,7 +54,7 @@ def write_index(index: Index, path: Path, model: list) -> None:
 
 
 def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[Tensor | str]:
-    """For each image file in turn: its CLS token (D,), of length 1, float16; or why it could not be read."""
+    """For each image file in order: its normalised CLS token (D,), float16, or the reason why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
         image = common.read_image(path, model.config.crop_size)
@@ -84,7 +84,7 @@ def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
 
 
 def draw(path: Path, images: list[Path], captions: list[str]) -> None:
-    """The squares that the model sees of images, the first of which is framed, and a caption below each."""
+    """Draw the central crops of images with captions; the first one, the query, has a frame."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(2.1 * columns, 2.45 * rows), dpi=150, layout="constrained")
@@ -102,12 +102,12 @@ def draw(path: Path, images: list[Path], captions: list[str]) -> None:
 
 
 def shorten(text: str, width: int = 28) -> str:
-    """At most width letters of a text: both of its ends."""
+    """A text of at most `width` characters: its two ends with an ellipsis between."""
     return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"
 
 
 def update(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer) -> tuple[Index, int]:
-    """The index as the folder is now, written if it is new; and how many images could not be read."""
+    """The up-to-date index of the folder, written if it changed, and the number of images that could not be read."""
     identity = [args.model, common.stamp(Path(args.model))]
     old = read_index(args.index, identity)
     paths = [path for path in dinoreg.find_images([args.folder]) if path.resolve() != args.output.resolve()]
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         names, features, size = read_corpus(args.folder, args.model)
         model.config = dataclasses.replace(model.config, crop_size=size)
     if args.query:
-        (query,) = embed(model, [args.query])  # first, since it may be no image
+        (query,) = embed(model, [args.query])  # first, since it may not be an image
         if isinstance(query, str):
             raise ValueError(query)
 
@@ -172,15 +172,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("folder", type=Path, help="its images, also those in folders in it, are indexed")
+    add("folder", type=Path, help="a folder of images, searched recursively, or embed_corpus.py's Parquet files")
     add("--query", type=Path, metavar="IMAGE", help="find the images most similar to it")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
     add("--index", type=Path, metavar="FILE", help="default: FOLDER/.dinoreg-index.safetensors")
     add("--top", type=int, default=8, metavar="K", help="number of neighbours (default: %(default)s)")
-    add("--output", type=Path, default=Path("nearest.png"), help="their pictures (default: %(default)s)")
+    add("-o", "--output", type=Path, default=Path("nearest.png"), help="picture of the neighbours (default: %(default)s)")
     common.add_device(parser)
     args = parser.parse_args()
     if args.top < 1:

@@ -1,16 +1,17 @@
-"""Train a classifier on your own images: a folder with one sub-folder for each class, which is named as the class.
+"""Train a classifier on your own images: a folder with one sub-folder per class, named like the class.
 
     pip install -e ".[examples]"
     python examples/train_classifier.py FOLDER --output mine.safetensors
     python -m dinoreg photo.jpg --weights mine.safetensors
 
-The backbone runs once over the images, and what it gives is kept in a file. On these features:
+The backbone runs once over the images, and its features are cached in a file. On these features:
   - a linear head is trained as in the official linear evaluation (dinov2/eval/linear.py): SGD with momentum, a cosine
-    schedule, no weight decay, and a head for each of 13 learning rates, of which the best on held-out images is kept
-    (so the accuracy told is that of the best of 13);
+    schedule, no weight decay, and one head for each of 13 learning rates. The head with the highest held-out accuracy is
+    kept, so the reported accuracy is that of the best of 13;
   - or, with --knn, the 20 nearest images vote, as in the official k-NN evaluation (dinov2/eval/knn.py).
-With --finetune the backbone is trained, too, after the head (Kumar et al., 2022, https://arxiv.org/abs/2202.10054), its
-early blocks more slowly (Bao et al., 2021, https://arxiv.org/abs/2106.08254). A fifth of each class is held out.
+With --finetune the backbone is trained as well, after the head (Kumar et al., 2022, https://arxiv.org/abs/2202.10054), with
+lower learning rates for earlier blocks (Bao et al., 2021, https://arxiv.org/abs/2106.08254). A fifth of each class is held
+out.
 """
 
 import argparse
@@ -37,7 +38,7 @@ LEARNING_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e
 
 
 def find_classes(folder: Path) -> tuple[list[str], list[Path], list[int]]:
-    """The names of the classes, all image files, and the number of the class of each."""
+    """Class names, all image files, and the class index of each."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -48,7 +49,7 @@ def find_classes(folder: Path) -> tuple[list[str], list[Path], list[int]]:
 
 
 def split(names: list[str], classes: Tensor) -> Tensor:
-    """Which images are held out (n,): a fifth of those of each class (n,), at least one, and always the same."""
+    """Which images are held out (n,), bool: a fifth of each class, at least one, by a fixed seed."""
     generator, held_out = torch.Generator().manual_seed(0), torch.zeros(len(classes), dtype=torch.bool)
     for i, name in enumerate(names):
         members = torch.where(classes == i)[0]
@@ -99,10 +100,10 @@ def vote(train: Tensor, classes: Tensor, queries: Tensor, k: int = 20) -> Tensor
 
 
 def train_head(model: dinoreg.LinearClassifier, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Train a head for each learning rate on features x (n, F) of classes y (n,), give the model the one that is best
-    on those held out, and tell its rate.
+    """The best learning rate. Trains a head for each on features x (n, F) of classes y (n,), and gives the model the head
+    with the highest held-out accuracy.
 
-    All heads are one linear layer: without weight decay, a learning rate is the same as a factor of the loss.
+    All heads are one linear layer: without weight decay, a learning rate is equivalent to a factor of the loss.
     """
     rates = torch.tensor(LEARNING_RATES, device=x.device) * HEAD_BATCH / 256
     K = model.linear_head.out_features
@@ -113,7 +114,7 @@ def train_head(model: dinoreg.LinearClassifier, x: Tensor, y: Tensor, test_x: Te
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, HEAD_STEPS, eta_min=0)
 
     def losses(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each head on features (B, F), and how many of their classes (B,) it gets right."""
+        """The loss of each head on features (B, F), and its number of correct predictions."""
         logits = heads(x).unflatten(1, (-1, K)).mT  # (B, K, heads)
         y = y[:, None].expand(-1, len(rates))
         return F.cross_entropy(logits, y, reduction="none").mean(dim=0), (logits.argmax(dim=1) == y).sum(dim=0)
@@ -133,7 +134,8 @@ def train_head(model: dinoreg.LinearClassifier, x: Tensor, y: Tensor, test_x: Te
 
 
 def parameter_groups(model: dinoreg.LinearClassifier, lr: float, decay: float = 0.75) -> list[dict]:
-    """A layer learns more slowly than the next one by the factor decay; matrices alone have weight decay."""
+    """Parameter groups: the learning rate falls by the factor decay from each layer to the one before; only matrices have
+    weight decay."""
     last, groups = model.backbone.n_blocks + 1, {}
     for name, parameter in model.named_parameters():
         layer = last if name.startswith(("backbone.norm", "linear_head")) else 0
@@ -146,7 +148,8 @@ def parameter_groups(model: dinoreg.LinearClassifier, lr: float, decay: float = 
 
 
 def random_crop(path: Path, numbers: Tensor, size: int, flip: bool) -> Tensor:
-    """35 to 100 % of an image, 3:4 to 4:3 in shape, perhaps mirrored, as five numbers say: (3, size, size)."""
+    """A crop (3, size, size) of 35 to 100 % of an image, of aspect ratio 3:4 to 4:3, determined by five random numbers in
+    [0, 1); flipped horizontally half of the time if flip."""
     x = dinoreg.preprocess(path, size * 3 // 2, keep_aspect=True, patch_size=1)
     area, shape, top, left, mirror = numbers.tolist()
     H, W = x.shape[1:]
@@ -161,7 +164,7 @@ def random_crop(path: Path, numbers: Tensor, size: int, flip: bool) -> Tensor:
 def finetune(
     model: dinoreg.LinearClassifier, paths: list[Path], classes: Tensor, size: int, epochs: int, flip: bool, device: str
 ) -> None:
-    """Train all of the model on images and their classes (n,)."""
+    """Train the whole model on images and their classes (n,)."""
     on_gpu = device == "cuda"
     model.backbone.grad_checkpointing = on_gpu  # a third slower, for a fraction of the memory
     groups, steps = parameter_groups(model, lr=1e-4), math.ceil(len(paths) / BATCH)
@@ -172,7 +175,7 @@ def finetune(
     model.train()
     bar = tqdm(total=epochs * steps, unit="step")
     order = [batch for _ in range(epochs) for batch in torch.randperm(len(paths)).split(BATCH)]
-    items = ([(paths[i], torch.rand(5)) for i in batch] for batch in order)  # threads would draw in any order
+    items = ([(paths[i], torch.rand(5)) for i in batch] for batch in order)  # drawn here, as threads would draw in any order
     for batch, images in zip(order, common.read_ahead(lambda item: random_crop(*item, size, flip), items)):
         x, y = torch.stack(images).to(device), classes[batch].to(device)
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
@@ -190,7 +193,7 @@ def finetune(
 
 
 def report(kind: str, names: list[str], classes: Tensor, predicted: Tensor) -> None:
-    """Print how many images are right, and which classes are most often taken for which."""
+    """Print the accuracy and the most frequent confusions."""
     print(f"{kind}: {accuracy_score(classes, predicted):.1%} of {len(classes)} held-out images are right")
     wrong = torch.from_numpy(confusion_matrix(classes, predicted, labels=range(len(names)))).fill_diagonal_(0)
     counts, pairs = wrong.flatten().topk(min(5, wrong.numel()))
@@ -200,7 +203,7 @@ def report(kind: str, names: list[str], classes: Tensor, predicted: Tensor) -> N
 
 
 def load_model(args: argparse.Namespace, num_classes: int) -> dinoreg.LinearClassifier:
-    """A trained backbone, which sees images of --size pixels, under a new head."""
+    """A trained backbone for images of --size pixels, with a new head."""
     backbone = dinoreg.load(args.model)
     backbone = getattr(backbone, "backbone", backbone)  # of a classifier
     size = args.size or backbone.config.crop_size
@@ -218,7 +221,7 @@ def load_model(args: argparse.Namespace, num_classes: int) -> dinoreg.LinearClas
 
 def run(args: argparse.Namespace) -> int:
     names, paths, classes = find_classes(args.folder)
-    split(names, torch.tensor(classes))  # says at once if there are too few images
+    split(names, torch.tensor(classes))  # fails early if there are too few images
     folder = args.folder.resolve()
     cache = args.cache or folder.with_name(f"{folder.name}.features.safetensors")
     for path in [cache] if args.knn else [cache, args.output]:
@@ -258,19 +261,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """0 if all went well, 1 if some images could not be read, 2 if nothing could start."""
+    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("folder", type=Path, help="has a sub-folder of images for each class")
+    add("folder", type=Path, help="has one sub-folder of images per class")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
-    add("--size", type=int, metavar="PIXELS", help="side of the square that it sees (default: the model's)")
-    add("--layers", type=int, choices=(1, 4), default=1, help="whose CLS tokens the head sees (default: %(default)s)")
-    add("--knn", action="store_true", help="only tell how good a k-NN classifier is")
-    add("--finetune", action="store_true", help="train the backbone, too; best on a GPU")
-    add("--epochs", type=int, default=10, help="of --finetune (default: %(default)s)")
-    add("--no-flip", action="store_true", help="let --finetune mirror no images: for text and the like")
+    add("--size", type=int, metavar="PIXELS", help="side of the central crop (default: the model's)")
+    add(
+        "--layers",
+        type=int,
+        choices=(1, 4),
+        default=1,
+        help="last blocks whose CLS tokens the head uses (default: %(default)s)",
+    )
+    add("--knn", action="store_true", help="only report the accuracy of a k-NN classifier")
+    add("--finetune", action="store_true", help="train the backbone as well; best on a GPU")
+    add("--epochs", type=int, default=10, help="for --finetune (default: %(default)s)")
+    add("--no-flip", action="store_true", help="no horizontal flips in --finetune: for text and digits")
     add("--cache", type=Path, metavar="FILE", help="features of the images (default: FOLDER.features.safetensors)")
-    add("--output", type=Path, default=Path("classifier.safetensors"), help="default: %(default)s")
+    add("-o", "--output", type=Path, default=Path("classifier.safetensors"), help="default: %(default)s")
     common.add_device(parser)
     args = parser.parse_args()
     if args.knn and args.finetune:

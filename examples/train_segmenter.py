@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """0 if all went well, 1 if some photos or masks could not be used, 2 if nothing could start."""
+    """0 if all went well, 1 if some photos or masks could not be used, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("images", type=Path, metavar="IMAGES", help="folder of photos")
