@@ -245,7 +245,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [x.shape[:2]]]
+        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [(len(x), x.shape[1])]]
         return x * pack(keep).view(*x.shape[:2], 1) / (1 - self.rate)
 
 
@@ -376,16 +376,14 @@ class DinoVisionTransformer(nn.Module):
 
     def run_blocks(self, x: Tensor | list[Tensor], wanted: Collection[int]) -> list:
         """Tokens (B, N, D), or a list of such, through the blocks: the outputs of the wanted blocks, in block order."""
+        shapes = None
         if isinstance(x, list):
-            order = sorted(range(len(x)), key=lambda i: x[i].shape[1])  # those with equal N share one attention call
-            images = [(len(x[i]), x[i].shape[1]) for i in order]
+            lengths = [part.shape[1] for part in x]
+            order = sorted(range(len(x)), key=lambda i: lengths[i])  # images with equal N share one attention call
+            images = [(len(x[i]), lengths[i]) for i in order]
             shapes = [(sum(B for B, _ in same), N) for N, same in itertools.groupby(images, key=lambda shape: shape[1])]
-            outputs = self.run_packed(pack([x[i] for i in order]), wanted, shapes)
-            return [[part for _, part in sorted(zip(order, unpack(out, images)))] for out in outputs]
-        return self.run_packed(x, wanted)
-
-    def run_packed(self, x: Tensor, wanted: Collection[int], shapes: Shapes | None = None) -> list[Tensor]:
-        outputs = []
+            x = pack([x[i] for i in order])
+        outputs: list[Any] = []
         for i, block in zip(range(max(wanted) + 1), self.blocks):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, shapes, use_reentrant=False)
@@ -393,6 +391,8 @@ class DinoVisionTransformer(nn.Module):
                 x = block(x, shapes)
             if i in wanted:
                 outputs.append(x)
+        if shapes:
+            return [[part for _, part in sorted(zip(order, unpack(out, images)))] for out in outputs]
         return outputs
 
     def split_tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -547,27 +547,18 @@ def preprocess(
     keep_aspect: bool = False,
     patch_size: int = 14,
     fast: bool = False,
+    normalized: bool = True,
 ) -> Tensor:
     """An image, given as a path, the bytes of a file or a PIL image, as a normalised float32 tensor (3, H, W).
 
     Without keep_aspect this is the official evaluation transform, pixel for pixel: the short side is resized to
     size * 8 / 7, then a central square of H = W = size pixels is cropped. With keep_aspect nothing is cropped: H and W
     are multiples of patch_size, close to the image's aspect ratio and to an area of size * size pixels. With fast, large
-    JPEG files are decoded at reduced size, never below what is needed: faster, and slightly less exact.
+    JPEG files are decoded at reduced size, never below what is needed: faster, and slightly less exact. Without normalized
+    the pixels are returned as uint8: `normalize` is faster on a whole batch, on the device of the model.
 
     All PIL modes are accepted; the EXIF orientation is applied. Raises OSError or ValueError if decoding fails.
     """
-    return normalize(read_pixels(image, size, keep_aspect, patch_size, fast))
-
-
-def read_pixels(
-    image: str | os.PathLike | bytes | Image.Image,
-    size: int = 224,
-    keep_aspect: bool = False,
-    patch_size: int = 14,
-    fast: bool = False,
-) -> Tensor:
-    """The resized and cropped pixels that `preprocess` normalises: (3, H, W), uint8."""
     short = size * 8 // 7
     try:
         if isinstance(image, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(image).st_mode):
@@ -593,7 +584,8 @@ def read_pixels(
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
     # Transposed by NumPy: in a worker thread, PyTorch would start a team of OpenMP threads beside the model's.
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W), uint8
+    return normalize(pixels) if normalized else pixels
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -861,7 +853,7 @@ def classify(
         try:
             if os.path.isdir(path):
                 raise ValueError("no images in this folder")
-            return read_pixels(path, size, keep_aspect, model.backbone.patch_size, fast)
+            return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast, normalized=False)
         except (OSError, ValueError) as error:
             return error
 

@@ -351,7 +351,7 @@ def folder_row(args: argparse.Namespace, name: str, count: int, size: tuple[int,
             "dinoreg": lambda: list(dinoreg.classify(model, paths, 224)),
             "dinoreg --fast": lambda: list(dinoreg.classify(model, paths, 224, fast=True)),
             "forward": lambda: [model(images).softmax(dim=-1) for _ in range(0, count, 8)],
-            "decode": lambda: [dinoreg.read_pixels(path) for path in paths],
+            "decode": lambda: [dinoreg.preprocess(path, normalized=False) for path in paths],
         }
         if find_spec("transformers"):
             from transformers import pipeline
@@ -436,7 +436,7 @@ import sys, torch, common, dinoreg
 weights, folder, output = sys.argv[1:]
 model, paths = dinoreg.load(weights), dinoreg.find_images([folder])
 model.fix_image_size(224, 224)
-batches = common.read_ahead(dinoreg.read_pixels, common.split_batches(paths, 16))
+batches = common.read_ahead(lambda path: dinoreg.preprocess(path, normalized=False), common.split_batches(paths, 16))
 with torch.inference_mode():
     features = [model.embed(dinoreg.normalize(torch.stack(batch))).half() for batch in batches]
 dinoreg.write_tensors({"features": torch.cat(features)}, output, {})

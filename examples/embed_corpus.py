@@ -122,7 +122,7 @@ def preprocess(rows: pa.Table, size: int) -> pa.Table:
         try:
             if isinstance(file, Exception):
                 raise OSError(common.reason(file))
-            images.append(dinoreg.read_pixels(file, size).numpy())
+            images.append(dinoreg.preprocess(file, size, normalized=False).numpy())
             facts.append((*Image.open(io.BytesIO(file)).size, None))
         except (OSError, ValueError) as error:
             facts.append((None, None, common.reason(error).partition(" <_io")[0]))  # PIL calls the file that
