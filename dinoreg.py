@@ -402,13 +402,7 @@ class DinoVisionTransformer(nn.Module):
 
     def name_features(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
         cls, registers, patches = self.split_tokens(self.norm(x))
-        return {
-            "x_norm_clstoken": cls,
-            "x_norm_regtokens": registers,
-            "x_norm_patchtokens": patches,
-            "x_prenorm": x,
-            "masks": masks,
-        }
+        return dict(x_norm_clstoken=cls, x_norm_regtokens=registers, x_norm_patchtokens=patches, x_prenorm=x, masks=masks)
 
     def forward_features(self, x: Images, masks: Any = None) -> Any:
         """All output tokens of images (B, C, H, W), as a dict. Patches where masks (B, h * w; bool) is True are masked.
