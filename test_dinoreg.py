@@ -1975,7 +1975,7 @@ def test_benchmark_of_engines():
     header, _, row = run_benchmark("engines", *options)
     expected = {"float32", "bfloat16"}
     if shutil.which("c++"):
-        expected |= {"compile, float32", "compile, bfloat16"}
+        expected |= {f"{engine}, {dtype}" for engine in ("compile", "AOTInductor") for dtype in ("float32", "bfloat16")}
     if find_spec("onnxruntime") and find_spec("onnxscript"):
         expected |= {"onnxruntime"}
         expected |= {"openvino, float32", "openvino, default"} if find_spec("openvino") else set()
@@ -1984,6 +1984,21 @@ def test_benchmark_of_engines():
         milliseconds, ratio, cosine = re.fullmatch(r"(.+) \((.+), (.+)\)", cell).groups()
         assert float(milliseconds) * float(ratio) > 0 and 0.999 < float(cosine) < 1.001
     assert row[3].endswith("(1.00, 1.00000)")
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="AOTInductor needs a C++ compiler")
+def test_aoti_packages_compute_what_the_model_does(tmp_path):
+    model, weights, package = randomised(TINY), tmp_path / "model.safetensors", tmp_path / "model.pt2"
+    dinoreg.save(model, weights)
+    script = [sys.executable, HERE / "examples" / "export_aoti.py", weights, "-o"]
+    result = subprocess.run([*script, package, "--batch-size", "3"], capture_output=True, text=True)
+    assert result.returncode == 0 and "(3, 3, 16, 16) -> (3, 32)" in result.stdout, result.stderr
+    images = torch.randn(3, 3, 16, 16)
+    found = torch._inductor.aoti_load_package(str(package))(images)
+    torch.testing.assert_close(found, model.embed(images), atol=1e-4, rtol=1e-4)
+    for output in ("model.onnx", "nowhere/model.pt2"):
+        result = subprocess.run([*script, tmp_path / output], capture_output=True, text=True)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and ".pt2" in result.stderr
 
 
 def test_benchmark_of_folders():

@@ -32,6 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch._inductor
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
@@ -171,13 +172,11 @@ def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> d
 
 
 def engines(args: argparse.Namespace) -> None:
+    print("Ways to compute `embed`, milliseconds per image; in brackets the ratio to float32 (below 1: faster), and the")
+    print("lowest cosine of an embedding to it. `compile` is `torch.compile(model.embed)`, AOTInductor runs the package of")
     print(
-        "Ways to compute `embed`, milliseconds per image; in brackets the ratio to float32 (below 1: faster) and the lowest"
+        "export_aoti.py, onnxruntime and openvino the file of export_onnx.py (`default`: openvino's choice of precision).\n"
     )
-    print(
-        "cosine of an embedding to it. `compile` is `torch.compile(model.embed)`; onnxruntime and openvino run the file of"
-    )
-    print("export_onnx.py, `default` in the precision that openvino chooses for the processor.\n")
     table_of_models(args, engines_row)
 
 
@@ -195,13 +194,23 @@ def engines_row(args: argparse.Namespace, name: str, size: int, batch: int) -> d
         if device.type == "cuda" or shutil.which("c++"):
             sides[f"compile, {label}"] = functools.partial(torch.compile(cast.embed), images)
     with tempfile.TemporaryDirectory() as folder:
+        weights, graph = Path(folder, "model.safetensors"), Path(folder, "model.onnx")
+        dinoreg.save(model, weights)
+
+        def export(script: str, output: Path, *options: str) -> None:
+            path = Path(__file__).with_name(script)
+            command = [sys.executable, path, weights, "-o", output, "--size", str(size), *options]
+            subprocess.run(command, check=True, capture_output=True)
+
+        if device.type == "cpu" and shutil.which("c++"):
+            for label in ("float32", "bfloat16"):
+                package = Path(folder, f"{label}.pt2")
+                export("export_aoti.py", package, "--batch-size", str(batch), "--dtype", label)
+                sides[f"AOTInductor, {label}"] = functools.partial(torch._inductor.aoti_load_package(str(package)), images)
         if device.type == "cpu" and find_spec("onnxruntime") and find_spec("onnxscript"):
             import onnxruntime
 
-            weights, graph = Path(folder, "model.safetensors"), Path(folder, "model.onnx")
-            dinoreg.save(model, weights)
-            command = [sys.executable, Path(__file__).with_name("export_onnx.py"), weights, "-o", graph, "--size", str(size)]
-            subprocess.run(command, check=True, capture_output=True)
+            export("export_onnx.py", graph)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith(("common", "masks", "test_")))
-CPU_ONLY = {"export_onnx", "quantize"}
+CPU_ONLY = {"export_aoti", "export_onnx", "quantize"}
 NO_OUTPUT = {"benchmark", "evaluate", "quantize"}  # they only print
 PACKAGES = ("matplotlib", "mlxtend", "onnxruntime", "scipy", "sklearn", "torchao", "tqdm")
 
