@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,7 +136,11 @@ def peers(model: dinoreg.DinoVisionTransformer, images: torch.Tensor, name: str,
 
 def table_of_models(args: argparse.Namespace, measure) -> None:
     """Print the table whose rows, dicts by column, are what `measure` returns for each model, image size and batch size."""
-    rows = (measure(args, *which) for which in itertools.product(args.models, args.pixels, args.batches))
+    table_of_dicts(measure(args, *which) for which in itertools.product(args.models, args.pixels, args.batches))
+
+
+def table_of_dicts(rows: Iterator[dict]) -> None:
+    """Print a table of rows by column, each as soon as it is computed."""
     first = next(rows)
     table(list(first), (list(row.values()) for row in itertools.chain([first], rows)))
 
@@ -343,9 +347,7 @@ def folder(args: argparse.Namespace) -> None:
     print("brackets the ratio to dinoreg. `--fast` decodes at reduced size, though not below that of the model's input (its")
     print("choice of a dtype is not part of this). `forward` is the model alone, `decode` reading alone on one core.\n")
     folders = {"16 of 4000 x 3000": (16, (4000, 3000)), "32 of 500 x 375": (32, (500, 375))}
-    rows = (folder_row(args, name, *which) for name, which in folders.items())
-    first = next(rows)
-    table(list(first), (list(row.values()) for row in itertools.chain([first], rows)))
+    table_of_dicts(folder_row(args, name, *which) for name, which in folders.items())
 
 
 @torch.inference_mode()

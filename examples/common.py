@@ -66,11 +66,11 @@ def compute(
 ) -> Iterator[Tensor | str]:
     """For each image file in turn: its result, or the reason why it could not be read.
 
-    `read` returns the tensor of a file or that reason, as `read_image` does; `function` takes the tensors of a batch and
-    returns a result for each.
+    `read` returns the uint8 pixels of a file or that reason, as `read_image` does with normalized=False; `function` takes
+    the normalised images of a batch and returns a result for each.
     """
     for images in read_ahead(read, split_batches(paths, BATCH)):
-        tensors = [image for image in images if isinstance(image, Tensor)]
+        tensors = [dinoreg.normalize(image) for image in images if isinstance(image, Tensor)]
         results = iter(function(tensors) if tensors else ())
         for image in images:
             yield next(results) if isinstance(image, Tensor) else image

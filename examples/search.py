@@ -57,7 +57,7 @@ def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[T
     """For each image file in order: its normalised CLS token (D,), float16, or the reason why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
-        image = common.read_image(path, model.config.crop_size)
+        image = common.read_image(path, model.config.crop_size, normalized=False)
         return f"{path}: {image}" if isinstance(image, str) else image
 
     def embed_batch(images: list[Tensor]) -> Tensor:

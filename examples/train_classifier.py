@@ -64,7 +64,7 @@ def apply(function: Callable[[Tensor], Tensor], paths: list[Path], size: int, de
     """What a function of images (B, 3, size, size) gives for each file, on the CPU; or why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
-        return common.read_image(path, size)
+        return common.read_image(path, size, normalized=False)
 
     def apply_batch(images: list[Tensor]) -> Tensor:
         return function(torch.stack(images).to(device)).float().cpu()

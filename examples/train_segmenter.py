@@ -83,7 +83,7 @@ def cache_features(
     folder.mkdir(exist_ok=True)
 
     def read(photo: Path) -> Tensor | str:
-        return common.read_image(photo, size, True, backbone.patch_size)
+        return common.read_image(photo, size, True, backbone.patch_size, normalized=False)
 
     def compute(images: list[Tensor]) -> list[Tensor]:
         return [patch_features(backbone, x[None].to(device), layers)[0].half().cpu() for x in images]
