@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DINOv2 with registers in one file of PyTorch: the model, its weights, its images and a command line.
 
     model = dinoreg.load("vits14_reg")                       # official weights, downloaded once
@@ -5,6 +6,9 @@
     features = model.forward_features(image[None])           # x_norm_clstoken, x_norm_patchtokens, ...
 
     $ python -m dinoreg photo.jpg                            # what is in this picture?
+
+The model is lines 67 to 487, to be read from top to bottom; images, weights and the command line follow it.
+It needs Python 3.10 and torch 2.4 or newer, numpy, pillow and safetensors. Licence: Apache-2.0.
 
 Sources:
   - Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", https://arxiv.org/abs/2304.07193
@@ -29,7 +33,6 @@ import ctypes
 import dataclasses
 import http.client
 import io
-import itertools
 import json
 import logging
 import math
@@ -41,11 +44,10 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,16 +58,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+__version__ = "0.2.0"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass(frozen=True)
 class Config:
-    """The architecture of a model. The defaults are the official ViT-S/14 with registers.
-
-    Raises a ValueError that names the first invalid field.
-    """
+    """The architecture of a model. The defaults are the official ViT-S/14 with registers."""
 
     embed_dim: int = 384  # D
     depth: int = 12  # transformer blocks
@@ -79,56 +80,35 @@ class Config:
     num_register_tokens: int = 4  # R
     layerscale_init: float = 1.0  # as the official models are built; their training began at 1e-5
     drop_path_rate: float = 0.0  # stochastic depth: rate of the last block; it rises linearly from 0 in the first
+    drop_path_uniform: bool = False  # the same rate in all blocks, as in the official training
     interpolate_antialias: bool = True  # of the position embedding, when it is resized to another grid
     interpolate_offset: float = 0.0  # added to that grid's sides before the scale factor is computed
-
-    def __post_init__(self):
-        def require(field: str, valid: bool, allowed: str):
-            if not valid:
-                raise ValueError(f"config: {field} must be {allowed}, got {getattr(self, field)!r}")
-
-        for field in ("embed_dim", "depth", "num_heads", "patch_size", "crop_size", "in_chans"):
-            value = getattr(self, field)
-            require(field, type(value) is int and value > 0, "a positive integer")
-        for field in ("mlp_ratio", "layerscale_init", "drop_path_rate", "interpolate_offset"):
-            value = getattr(self, field)
-            require(field, type(value) in (int, float) and math.isfinite(value), "a finite number")
-        sides, P, R = self.image_size, self.patch_size, self.num_register_tokens
-        sides = sides if type(sides) is tuple else (sides, sides)
-        require("num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim, {self.embed_dim}")
-        require("ffn", self.ffn in ("mlp", "swiglu"), "'mlp' or 'swiglu'")
-        require("mlp_ratio", self.hidden_dim > 0, "positive")
-        require("image_size", len(sides) == 2 and all(type(x) is int and x >= P for x in sides), f"{P} pixels or more")
-        require("crop_size", self.crop_size <= 16384, "at most 16384")
-        require("num_register_tokens", type(R) is int and R >= 0, "0 or a positive integer")
-        for field in ("drop_path_rate", "interpolate_offset"):
-            require(field, 0 <= getattr(self, field) < 1, "at least 0 and below 1")
-        require("interpolate_antialias", type(self.interpolate_antialias) is bool, "True or False")
 
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the position embedding."""
-        H, W = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        H, W = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
         return H // self.patch_size, W // self.patch_size
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the hidden layer of the MLP, or of each of the two branches of SwiGLU."""
+        """Hidden width. SwiGLU has three matrices where the MLP has two: at 2/3 of the width, as many parameters."""
         hidden = int(self.embed_dim * self.mlp_ratio)
-        # SwiGLU has three matrices where the MLP has two: at two thirds of the width they have as many parameters.
         return hidden if self.ffn == "mlp" else (hidden * 2 // 3 + 7) // 8 * 8
 
 
-_CONFIGS = {
-    "vits14": Config(embed_dim=384, depth=12, num_heads=6),
-    "vitb14": Config(embed_dim=768, depth=12, num_heads=12),
-    "vitl14": Config(embed_dim=1024, depth=24, num_heads=16),
-    "vitg14": Config(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
+CONFIGS = {
+    "vits14_reg": Config(embed_dim=384, depth=12, num_heads=6),
+    "vitb14_reg": Config(embed_dim=768, depth=12, num_heads=12),
+    "vitl14_reg": Config(embed_dim=1024, depth=24, num_heads=16),
+    "vitg14_reg": Config(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
 }
-_NO_REGISTERS: dict[str, Any] = {"num_register_tokens": 0, "interpolate_antialias": False, "interpolate_offset": 0.1}
-CONFIGS: dict[str, Config] = {
-    **{name: dataclasses.replace(config, **_NO_REGISTERS) for name, config in _CONFIGS.items()},
-    **{f"{name}_reg": config for name, config in _CONFIGS.items()},
+# The official models without registers, "vits14" and so on, differ also in how they resize the position embedding.
+CONFIGS |= {
+    name.removesuffix("_reg"): dataclasses.replace(
+        config, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1
+    )
+    for name, config in CONFIGS.items()
 }
 
 
@@ -141,26 +121,15 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
+        P, (h, w) = config.patch_size, config.grid
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, P, stride=P)
+        # What code written for the official class reads.
+        self.img_size = config.image_size if isinstance(config.image_size, tuple) else (config.image_size,) * 2
+        self.patch_size, self.patches_resolution, self.num_patches = (P, P), (h, w), h * w
+        self.in_chans, self.embed_dim = config.in_chans, config.embed_dim
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-# Images of different sizes share one forward pass: their tokens are packed into one matrix. Only attention mixes tokens,
-# so only attention has to separate the images again, by these shapes: [(B, N), ...].
-Shapes = list[tuple[int, int]]
-
-
-def pack(parts: list[Tensor]) -> Tensor:
-    """[(B, N, D), ...] -> (1, sum of B * N, D)."""
-    return torch.cat([part.flatten(0, 1) for part in parts])[None]
-
-
-def unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
-    """(1, sum of B * N, D) -> [(B, N, D), ...]."""
-    parts = x[0].split([B * N for B, N in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes)]
 
 
 class Attention(nn.Module):
@@ -169,26 +138,16 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.num_heads = config.num_heads
+        self.scale = (config.embed_dim // config.num_heads) ** -0.5
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.attn_drop, self.proj_drop = 0.0, nn.Dropout(0.0)  # as in the official class; no released model uses them
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None, queries: int | None = None) -> Tensor:
-        """With shapes, x is packed, and attention stays within each image. With queries, only the first `queries` tokens
-        of each image are computed: (B, queries, D)."""
-        qkv = self.qkv(x)
-        x = self.attend(qkv, queries) if shapes is None else pack([self.attend(part) for part in unpack(qkv, shapes)])
-        return self.proj(x)
-
-    def attend(self, qkv: Tensor, queries: int | None = None) -> Tensor:
-        q, k, v = self.split_heads(qkv)
-        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
-        return x.transpose(1, 2).flatten(2)
-
-    def rows(self, x: Tensor, queries: int) -> Tensor:
-        """Attention of the first `queries` tokens to all tokens: (B, N, D) -> (B, A, queries, N), float32."""
-        q, k, _ = self.split_heads(self.qkv(x))
-        scores = q[:, :, :queries] @ k.mT / math.sqrt(q.shape[-1])
-        return scores.softmax(dim=-1, dtype=torch.float32)
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split_heads(self.qkv(x))  # each (B, A, N, D / A)
+        # softmax(q @ k.mT * scale) @ v, without ever holding the N x N matrix
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def split_heads(self, qkv: Tensor) -> Tensor:
         """(B, N, 3 D) -> q, k, v, each (B, A, N, D / A)."""
@@ -222,10 +181,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor for each channel of a residual branch (Touvron et al., 2021).
-
-    Training starts it near 0, so that a deep model begins close to the identity and stays stable.
-    """
+    """A learnt factor for each channel of a residual branch; training starts it near 0 (Touvron et al., 2021)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -235,22 +191,8 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): training drops a residual branch, per image, with probability `rate`."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor, shapes: Shapes | None = None) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = [x.new_empty(B, 1, 1).bernoulli_(1 - self.rate).expand(B, N, 1) for B, N in shapes or [(len(x), x.shape[1])]]
-        return x * pack(keep).view(*x.shape[:2], 1) / (1 - self.rate)
-
-
 class Block(nn.Module):
-    """Transformer block, pre-norm: (B, N, D) -> (B, N, D). For shapes and queries see `Attention`."""
+    """Transformer block, pre-norm: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: Config, drop_path_rate: float = 0.0):
         super().__init__()
@@ -258,16 +200,32 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[config.ffn](config)
+        self.mlp = SwiGLU(config) if config.ffn == "swiglu" else Mlp(config)
         self.ls2 = LayerScale(config)
-        self.drop_path = DropPath(drop_path_rate)
+        self.sample_drop_ratio = drop_path_rate
 
-    def forward(self, x: Tensor, shapes: Shapes | None = None, queries: int | None = None) -> Tensor:
-        x = x[:, :queries] + self.drop_path(self.ls1(self.attn(self.norm1(x), shapes, queries)), shapes)
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))), shapes)
+    def forward(self, x: Tensor) -> Tensor:
+        drop_rate = self.sample_drop_ratio if self.training else 0.0
+        x = add_residual(x, lambda x: self.ls1(self.attn(self.norm1(x))), drop_rate)
+        x = add_residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))), drop_rate)
+        return x
 
 
-Images = Tensor | list[Tensor] | tuple[Tensor, ...]  # a batch (B, C, H, W), or batches of different sizes
+def add_residual(x: Tensor, branch: Callable[[Tensor], Tensor], drop_rate: float) -> Tensor:
+    """x + branch(x); in training with stochastic depth (Huang et al., 2016), images drop the branch at random.
+
+    Official Implementation: dinov2/layers/block.py, `drop_add_residual_stochastic_depth`. Above a rate of 0.1 the branch is
+    computed only for the images that keep it, which makes training faster.
+    """
+    if drop_rate == 0:
+        return x + branch(x)
+    if drop_rate <= 0.1:
+        return x + branch(x) * x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - drop_rate).div_(1 - drop_rate)
+    kept = sample_images(x, drop_rate)
+    return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=x.shape[0] / max(len(kept), 1))
+
+
+Images = Tensor | list[Tensor] | tuple[Tensor, ...]  # a batch (B, C, H, W), or several batches of different sizes
 
 
 class DinoVisionTransformer(nn.Module):
@@ -277,166 +235,121 @@ class DinoVisionTransformer(nn.Module):
     high norm and show up as artifacts in feature and attention maps. Registers are extra learnt tokens that take over this
     role; they go through all blocks like the other tokens, and are discarded at the output (Darcet et al., section 2).
 
-    Parameters, attributes and methods have the names and meanings of the official class of the same name. Images are
-    (B, C, H, W) in the dtype of the weights or float32, normalised as `preprocess` does; H and W are multiples of the
-    patch size. Other inputs raise a ValueError. A new model is initialised as in the official code, ready for training;
-    `load` returns a trained one. Without masks, `mask_token` takes no part in the loss: for DistributedDataParallel call
-    `model.mask_token.requires_grad_(False)` first.
+    Images are (B, C, H, W), as `preprocess` returns them, in the dtype of the weights or float32; H and W are multiples of
+    the patch size. Others raise a ValueError. A new model is initialised for training; `load` returns a trained one. Without
+    masks, `mask_token` takes no part in the loss: for DistributedDataParallel call `model.mask_token.requires_grad_(False)`.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
-        self.embed_dim = self.num_features = config.embed_dim
-        self.num_heads = config.num_heads
-        self.n_blocks = config.depth
-        self.patch_size = config.patch_size
-        self.num_register_tokens = config.num_register_tokens
-        self.grad_checkpointing = False  # True: training recomputes the blocks' activations instead of keeping them
-
+        check_config(config)
         D, R, (h, w) = config.embed_dim, config.num_register_tokens, config.grid
+        first_rate = config.drop_path_rate if config.drop_path_uniform else 0.0
+        rates = np.linspace(first_rate, config.drop_path_rate, config.depth).tolist()
+
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + h * w, D))  # for CLS and patches; registers have none
         self.register_tokens = nn.Parameter(torch.empty(1, R, D)) if R else None
         self.mask_token = nn.Parameter(torch.empty(1, D))
-        drop_path_rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_path_rates)
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Identity()
         self.init_weights()
 
-    def init_weights(self) -> None:
-        """Random weights as in the official `init_weights`; norms and the convolution keep PyTorch's defaults.
+        self.config = config
+        self.patch_size = config.patch_size
+        self.num_register_tokens = R
+        self.interpolate_antialias = config.interpolate_antialias
+        self.interpolate_offset = config.interpolate_offset
+        self.grad_checkpointing = False  # True: training recomputes the blocks' activations instead of keeping them
+        # What code written for the official class reads besides.
+        self.embed_dim, self.num_features, self.num_heads, self.n_blocks = D, D, config.num_heads, config.depth
+        self.num_tokens, self.chunked_blocks = 1, False
 
-        The official truncated normal is cut off at 100 standard deviations, so a plain normal is the same.
-        """
-        nn.init.normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        nn.init.zeros_(self.mask_token)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+    def forward(self, x: Images, masks=None, is_training: bool = False):
+        """Images (B, C, H, W) -> normalised CLS token (B, D), of a list concatenated; if is_training, all features."""
+        features = self.forward_features(x, masks)
+        if is_training:
+            return features
+        parts = features if isinstance(features, list) else [features]
+        return self.head(torch.cat([part["x_norm_clstoken"] for part in parts]))
 
-    def prepare_tokens_with_masks(self, x: Images, masks: Any = None) -> Any:
-        """Images to tokens: (B, C, H, W) -> (B, N, D). The mask token replaces patches where masks (B, h * w; bool) is True.
+    def forward_features(self, x: Images, masks=None):
+        """All output tokens of images (B, C, H, W), as a dict. Patches where masks (B, h * w; bool) is True are masked.
 
-        A list or tuple of images, with as many masks or None, returns a list.
+        x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
+        final norm, x_prenorm (B, N, D) all tokens before it, and masks the argument. A list of images, with a list of masks
+        or None, takes one forward pass and returns a list of dicts.
         """
         if isinstance(x, (list, tuple)):
-            masks = [None] * len(x) if masks is None else masks
-            if not x or len(x) != len(masks):
-                raise ValueError(f"one or more images are needed, and as many masks; got {len(x)} and {len(masks)}")
-            return [self.prepare_tokens_with_masks(*pair) for pair in zip(x, masks)]
-        pos_embed = self.interpolate_pos_encoding(*self.image_grid(x))  # (1, 1 + h * w, D)
+            return self.forward_features_list(x, masks)
+        x = self.prepare_tokens_with_masks(x, masks)
+        (x,) = self.run_blocks(x, wanted=[len(self.blocks) - 1])
+        return self.name_features(x, masks)
 
-        patches = self.patch_embed(x.to(self.pos_embed.dtype))
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images to tokens: (B, C, H, W) -> (B, N, D). The mask token replaces patches where masks (B, h * w) is True."""
+        self.image_grid(x)  # raises a ValueError for anything but images
+        B, _, H, W = x.shape
+        x = self.patch_embed(x.to(self.pos_embed.dtype))  # (B, h * w, D)
         if masks is not None:
-            if masks.shape != patches.shape[:2]:
-                raise ValueError(f"masks must have shape {tuple(patches.shape[:2])}, got {tuple(masks.shape)}")
-            patches = torch.where(masks[..., None].bool(), self.mask_token.to(patches.dtype), patches)
-        prefix = self.cls_token + pos_embed[:, :1]
+            if masks.shape != x.shape[:2]:
+                raise ValueError(f"masks must have shape {tuple(x.shape[:2])}, got {tuple(masks.shape)}")
+            x = torch.where(masks[..., None].bool(), self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1 + h * w, D)
+        x = x + self.interpolate_pos_encoding(x, H, W)
         if self.register_tokens is not None:
-            prefix = torch.cat([prefix, self.register_tokens], dim=1)  # (1, 1 + R, D)
-        return torch.cat([prefix.expand(x.shape[0], -1, -1), patches + pos_embed[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)  # (B, N, D)
+        return x
 
-    def image_grid(self, x: Tensor) -> tuple[int, int]:
-        """The grid (h, w) of a batch of images (B, C, H, W). Raises a ValueError for any other input."""
-        C = self.config.in_chans
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != C or not x.is_floating_point():
-            found = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(f"images must be a floating-point tensor (B, {C}, H, W), got {found}")
-        return self.to_grid(*x.shape[2:])
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """The position embedding (1, 1 + h * w, D) of CLS and patches x (B, 1 + h * w, D) of images of w x h pixels.
 
-    def to_grid(self, H: int, W: int) -> tuple[int, int]:
-        """The grid (h, w) of an image. Raises a ValueError unless its sides are multiples of the patch size."""
-        P = self.patch_size
-        if H % P or W % P or H == 0 or W == 0:
-            nearest = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
-            raise ValueError(f"image sides must be multiples of {P} pixels, got {H} x {W}; the nearest is {nearest}")
-        return H // P, W // P
-
-    def interpolate_pos_encoding(self, h: int, w: int) -> Tensor:
-        """The position embedding for a grid of h x w patches: (1, 1 + h * w, D)."""
-        grid = self.config.grid
-        if (h, w) == grid:
+        As in the official method, w is the first side of the images, their height.
+        """
+        size, patches = self.to_grid(w, h), self.pos_embed.shape[1] - 1
+        stored = self.config.grid if math.prod(self.config.grid) == patches else (math.isqrt(patches),) * 2  # or replaced
+        if size == stored:
             return self.pos_embed
         # With an offset, the official code passes a scale factor instead of a size, which shifts the sampling points a
         # little; models without registers were trained so. In float32: bicubic weights are too coarse in half precision.
-        offset = self.config.interpolate_offset
-        target = {"scale_factor": ((h + offset) / grid[0], (w + offset) / grid[1])} if offset else {"size": (h, w)}
-        cls, patches = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:].float()
+        target: dict = {"size": size}
+        if self.interpolate_offset:
+            scale = (float(side + self.interpolate_offset) / length for side, length in zip(size, stored))
+            target = {"scale_factor": tuple(scale)}
+        pos_embed = self.pos_embed.float()
+        if pos_embed.device.type == "mps":  # has no such resize with antialiasing up to torch 2.7, later no gradient of it
+            pos_embed = pos_embed.cpu()
         # Channels last, as PyTorch (2.14) computes a wrong result for contiguous tensors and a single column of patches.
-        patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        patches = F.interpolate(patches, mode="bicubic", antialias=self.config.interpolate_antialias, **target)
-        return torch.cat([cls, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(self.pos_embed.dtype)
+        grid = pos_embed[:, 1:].unflatten(1, stored).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)  # (1, D, h, w)
+        return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(x.device, x.dtype)
 
-    def run_blocks(self, x: Tensor | list[Tensor], wanted: Collection[int]) -> list:
-        """Tokens (B, N, D), or a list of such, through the blocks: the outputs of the wanted blocks, in block order."""
-        shapes = None
-        if isinstance(x, list):
-            lengths = [part.shape[1] for part in x]
-            order = sorted(range(len(x)), key=lambda i: lengths[i])  # images with equal N share one attention call
-            images = [(len(x[i]), lengths[i]) for i in order]
-            shapes = [(sum(B for B, _ in same), N) for N, same in itertools.groupby(images, key=lambda shape: shape[1])]
-            x = pack([x[i] for i in order])
-        outputs: list[Any] = []
+    def run_blocks(self, x: Tensor, wanted: Collection[int]) -> list[Tensor]:
+        """Tokens (B, N, D) through the blocks: the tokens after each of the wanted blocks, in block order."""
+        outputs = []
         for i, block in zip(range(max(wanted) + 1), self.blocks):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, shapes, use_reentrant=False)
-            else:
-                x = block(x, shapes)
+            x = self.run(block, x)
             if i in wanted:
                 outputs.append(x)
-        if shapes:
-            return [[part for _, part in sorted(zip(order, unpack(out, images)))] for out in outputs]
         return outputs
+
+    def run(self, function: Callable[..., Tensor], *args) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def name_features(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
+        cls, registers, patches = self.split_tokens(self.norm(x))
+        return dict(x_norm_clstoken=cls, x_norm_regtokens=registers, x_norm_patchtokens=patches, x_prenorm=x, masks=masks)
 
     def split_tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> CLS (B, D), registers (B, R, D), patches (B, h * w, D)."""
         R = self.num_register_tokens
         return x[:, 0], x[:, 1 : 1 + R], x[:, 1 + R :]
 
-    def name_features(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
-        cls, registers, patches = self.split_tokens(self.norm(x))
-        return dict(x_norm_clstoken=cls, x_norm_regtokens=registers, x_norm_patchtokens=patches, x_prenorm=x, masks=masks)
-
-    def forward_features(self, x: Images, masks: Any = None) -> Any:
-        """All output tokens of images (B, C, H, W), as a dict. Patches where masks (B, h * w; bool) is True are masked.
-
-        x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
-        final norm, x_prenorm (B, N, D) all tokens before it, and masks the argument. A list of images of different sizes,
-        with a list of masks or None, takes one forward pass and returns a list of dicts.
-        """
-        (tokens,) = self.run_blocks(self.prepare_tokens_with_masks(x, masks), wanted=[self.n_blocks - 1])
-        if isinstance(tokens, list):
-            return [self.name_features(*pair) for pair in zip(tokens, masks or [None] * len(tokens))]
-        return self.name_features(tokens, masks)
-
-    def forward(self, x: Images, masks: Any = None, is_training: bool = False) -> Any:
-        """Images (B, C, H, W) -> normalised CLS token (B, D), or the dict of `forward_features` if is_training.
-
-        The CLS tokens of a list of images are concatenated.
-        """
-        features = self.forward_features(x, masks)
-        if is_training:
-            return features
-        if isinstance(features, list):
-            return self.head(torch.cat([part["x_norm_clstoken"] for part in features]))
-        return self.head(features["x_norm_clstoken"])
-
-    def embed(self, x: Images) -> Tensor:
-        """What `forward` returns, (B, D). For a tensor, the last block is computed for the CLS token only."""
-        if isinstance(x, (list, tuple)):
-            return self.forward(x)
-        x = self.prepare_tokens_with_masks(x)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        return self.norm(last(x, queries=1))[:, 0]
+    # Other outputs
 
     def get_intermediate_layers(
         self, x: Tensor, n: int | Collection[int] = 1, reshape=False, return_class_token=False, norm=True
@@ -446,17 +359,15 @@ class DinoVisionTransformer(nn.Module):
         A tuple in block order: each (B, h * w, D), or (B, D, h, w) if reshape; with the final norm applied if norm; paired
         with the CLS token (B, D) if return_class_token. Raises a ValueError for a block that does not exist.
         """
-        blocks = range(self.n_blocks)
-        wanted = blocks[-n:] if isinstance(n, int) else n
-        if not wanted or not set(wanted).issubset(blocks) or (isinstance(n, int) and not 1 <= n <= self.n_blocks):
-            raise ValueError(f"n must be 1 to {self.n_blocks}, or list indices of the {self.n_blocks} blocks, got {n}")
-
-        grid = self.image_grid(x)
-        outputs = self.run_blocks(self.prepare_tokens_with_masks(x), wanted)
-        outputs = [self.split_tokens(self.norm(out) if norm else out) for out in outputs]
+        depth = len(self.blocks)
+        wanted = range(depth - n, depth) if isinstance(n, (int, np.integer)) else [int(i) for i in n]
+        if not wanted or not set(wanted) <= set(range(depth)):
+            raise ValueError(f"n must be 1 to {depth}, or list indices of the {depth} blocks, got {n}")
+        grid, outputs = self.image_grid(x), self.run_blocks(self.prepare_tokens_with_masks(x), wanted)
+        split = [self.split_tokens(self.norm(out) if norm else out) for out in outputs]
         if reshape:
-            outputs = [(cls, regs, patches.mT.unflatten(2, grid).contiguous()) for cls, regs, patches in outputs]
-        return tuple((patches, cls) if return_class_token else patches for cls, _, patches in outputs)
+            split = [(cls, regs, patches.mT.unflatten(2, grid).contiguous()) for cls, regs, patches in split]
+        return tuple((patches, cls) if return_class_token else patches for cls, _, patches in split)
 
     def attention_maps(self, x: Tensor, layer: int | Sequence[int] = -1) -> Tensor | list[Tensor]:
         """Attention of CLS and of each register to the patches of images (B, C, H, W): (B, A, 1 + R, h, w), float32.
@@ -464,19 +375,53 @@ class DinoVisionTransformer(nn.Module):
         layer is the index of a block, counted from the end if negative, or a list of such, which returns a list of maps.
         The softmax is over all tokens. Only these rows of the attention matrix are computed.
         """
-        layers = [layer] if isinstance(layer, int) else layer
-        if not layers or not all(-self.n_blocks <= i < self.n_blocks for i in layers):
-            raise ValueError(f"layer must be one or more of the {self.n_blocks} blocks, got {layer}")
-        wanted = [i % self.n_blocks for i in layers]
-        special, grid = 1 + self.num_register_tokens, self.image_grid(x)
-        x, maps = self.prepare_tokens_with_masks(x), {}
+        layers, depth = [layer] if isinstance(layer, int) else layer, len(self.blocks)
+        if not layers or not all(-depth <= i < depth for i in layers):
+            raise ValueError(f"layer must be one or more of the {depth} blocks, got {layer}")
+        wanted = [i % depth for i in layers]
+        special, grid, maps = 1 + self.num_register_tokens, self.image_grid(x), {}
+        x = self.prepare_tokens_with_masks(x)
         for i, block in zip(range(max(wanted) + 1), self.blocks):
             if i in wanted:
-                rows = block.attn.rows(block.norm1(x), queries=special)  # type: ignore[operator, union-attr]
-                maps[i] = rows[..., special:].unflatten(-1, grid)
+                maps[i] = attention_rows(block, x, special)[..., special:].unflatten(-1, grid)
             if i < max(wanted):
                 x = block(x)
         return maps[wanted[0]] if isinstance(layer, int) else [maps[i] for i in wanted]
+
+    def embed(self, x: Images) -> Tensor:
+        """What `forward` returns, with less work: the last block is computed for the CLS token only."""
+        if isinstance(x, (list, tuple)):
+            return self.forward(x)
+        *blocks, last = self.blocks
+        tokens = self.prepare_tokens_with_masks(x)
+        for block in blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(run_for_cls(last, tokens))[:, 0])
+
+    def forward_features_list(
+        self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None] | None = None
+    ) -> list[dict]:
+        outputs = run_list(self, x_list, masks_list, wanted=[len(self.blocks) - 1])
+        return [self.name_features(x, masks) for (x,), masks in zip(outputs, masks_list or [None] * len(x_list))]
+
+    # The sizes of images and of the position embedding; initialisation
+
+    def image_grid(self, x: Tensor) -> tuple[int, int]:
+        """The grid (h, w) of patches of images (B, C, H, W). Raises a ValueError for any other input."""
+        C = getattr(self.patch_embed.proj, "in_channels", self.config.in_chans)
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != C or not x.is_floating_point():
+            found = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"images must be a floating-point tensor (B, {C}, H, W), got {found}")
+        return self.to_grid(*x.shape[2:])
+
+    def to_grid(self, H: int, W: int) -> tuple[int, int]:
+        """The grid (h, w) of patches of H x W pixels: denser if `patch_embed.proj` has a stride below the patch size."""
+        P = self.patch_size
+        if H % P or W % P or H == 0 or W == 0:
+            nearest = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
+            raise ValueError(f"image sides must be multiples of {P} pixels, got {H} x {W}; the nearest is {nearest}")
+        stride = getattr(self.patch_embed.proj, "stride", (P, P))
+        return (H - P) // stride[0] + 1, (W - P) // stride[1] + 1
 
     @torch.no_grad()
     def fix_image_size(self, H: int, W: int) -> None:
@@ -484,8 +429,21 @@ class DinoVisionTransformer(nn.Module):
 
         Exported graphs then contain no bicubic resize, and forward passes at this size do none.
         """
-        self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(*self.to_grid(H, W)))
-        self.config = dataclasses.replace(self.config, image_size=(H, W))
+        (h, w), P = self.to_grid(H, W), self.patch_size
+        self.pos_embed = nn.Parameter(self.interpolate_pos_encoding(self.pos_embed, H, W))
+        self.config = dataclasses.replace(self.config, image_size=(h * P, w * P))
+
+    def init_weights(self) -> None:
+        """Random weights as in the official `init_weights`, whose truncation at 100 standard deviations changes nothing."""
+        nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
 
 class LinearClassifier(nn.Module):
@@ -498,8 +456,9 @@ class LinearClassifier(nn.Module):
 
     def __init__(self, backbone: DinoVisionTransformer, num_classes: int, layers: int = 1):
         super().__init__()
-        if num_classes < 1 or not 1 <= layers <= backbone.n_blocks:
-            raise ValueError(f"no classifier of {num_classes} classes on the last {layers} of {backbone.n_blocks} layers")
+        depth = len(backbone.blocks)
+        if num_classes < 1 or not 1 <= layers <= depth:
+            raise ValueError(f"no classifier of {num_classes} classes on the last {layers} of {depth} layers")
         self.backbone = backbone
         self.layers = layers
         self.linear_head = nn.Linear((layers + 1) * backbone.embed_dim, num_classes)
@@ -511,21 +470,125 @@ class LinearClassifier(nn.Module):
     def config(self) -> Config:
         return self.backbone.config
 
-    def linear_input(self, x: Images) -> Tensor:
-        """The input of the linear layer for images: (B, C, H, W) -> (B, (layers + 1) * D)."""
-        last = list(range(self.backbone.n_blocks))[-self.layers :]
-        outputs = self.backbone.run_blocks(self.backbone.prepare_tokens_with_masks(x), last)
-        if isinstance(x, (list, tuple)):
-            return torch.cat([self.summarise(image) for image in zip(*outputs)])
-        return self.summarise(outputs)
-
-    def summarise(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Tokens (B, N, D) after each of the last blocks -> (B, (layers + 1) * D)."""
-        split = [self.backbone.split_tokens(self.backbone.norm(tokens)) for tokens in outputs]
-        return torch.cat([*(cls for cls, _, _ in split), split[-1][2].mean(dim=1)], dim=1)
-
     def forward(self, x: Images) -> Tensor:
         return self.linear_head(self.linear_input(x))
+
+    def linear_input(self, x: Images) -> Tensor:
+        """The input of the linear layer for images: (B, C, H, W) -> (B, (layers + 1) * D)."""
+        model, rows = self.backbone, []
+        last = range(len(model.blocks) - self.layers, len(model.blocks))
+        if isinstance(x, (list, tuple)):
+            outputs = run_list(model, x, None, last)
+        else:
+            outputs = [model.run_blocks(model.prepare_tokens_with_masks(x), last)]
+        for layers in outputs:  # of each batch
+            split = [model.split_tokens(model.norm(tokens)) for tokens in layers]
+            rows.append(torch.cat([*(cls for cls, _, _ in split), split[-1][2].mean(dim=1)], dim=1))
+        return torch.cat(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks in other ways than `Block.forward`: for the CLS token only, for the rows of an attention map, for several sizes
+
+
+def is_plain(block) -> bool:
+    """Whether a block, its attention and its MLP are those of this file: not replaced, wrapped or hooked."""
+    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) not in (Mlp, SwiGLU):
+        return False
+    parts = (block, block.attn, block.mlp)
+    return not any("forward" in vars(part) or part._forward_pre_hooks or part._forward_hooks for part in parts)
+
+
+def sample_images(x: Tensor, drop_rate: float) -> Tensor:
+    """Indices of the images of a batch (B, N, D) that keep a branch: a fixed number of them, at least one."""
+    return torch.randperm(x.shape[0], device=x.device)[: max(int(x.shape[0] * (1 - drop_rate)), 1)]
+
+
+def attend(attn: Attention, qkv: Tensor, queries: int | None = None) -> Tensor:
+    """What `Attention` does between its linear layers: (B, N, 3 D) -> (B, N, D), or the first `queries` tokens of it."""
+    q, k, v = attn.split_heads(qkv)
+    x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, dropout_p=attn.attn_drop if attn.training else 0.0)
+    return x.transpose(1, 2).flatten(2)
+
+
+def attention_rows(block, x: Tensor, queries: int) -> Tensor:
+    """The attention of the first `queries` tokens to all tokens: (B, N, D) -> (B, A, queries, N), float32."""
+    q, k, _ = block.attn.split_heads(block.attn.qkv(block.norm1(x)))
+    return (q[:, :, :queries] @ k.mT * block.attn.scale).softmax(dim=-1, dtype=torch.float32)
+
+
+def run_for_cls(block, x: Tensor) -> Tensor:
+    """The CLS token after a block: (B, N, D) -> (B, 1, D)."""
+    if not is_plain(block) or (block.training and block.sample_drop_ratio):
+        return block(x)[:, :1]
+    heads = attend(block.attn, block.attn.qkv(block.norm1(x)), queries=1)
+    x = x[:, :1] + block.ls1(block.attn.proj_drop(block.attn.proj(heads)))
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches of images of different sizes share a pass: their tokens are packed into one matrix (1, sum of B * N, D). Norms,
+# linear layers and LayerScale see each token by itself; attention and stochastic depth work on one batch at a time.
+
+Shapes = list[tuple[int, int]]  # (B, N) of each batch
+
+
+def run_list(
+    model: DinoVisionTransformer,
+    x_list: Sequence[Tensor],
+    masks_list: Sequence[Tensor | None] | None,
+    wanted: Collection[int],
+) -> list[list[Tensor]]:
+    """For each batch (B, C, H, W) of a list, its tokens (B, N, D) after each of the wanted blocks."""
+    masks_list = masks_list or [None] * len(x_list)
+    if not x_list or len(x_list) != len(masks_list):
+        raise ValueError(f"one or more images are needed, and as many masks; got {len(x_list)} and {len(masks_list)}")
+    tokens = [model.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list)]
+    shapes = [(part.shape[0], part.shape[1]) for part in tokens]
+    x, outputs = pack(tokens), []
+    for i, block in zip(range(max(wanted) + 1), model.blocks):
+        x = model.run(run_packed, block, x, shapes)
+        if i in wanted:
+            outputs.append(unpack(x, shapes))
+    return [list(layers) for layers in zip(*outputs)]
+
+
+def run_packed(block, x: Tensor, shapes: Shapes) -> Tensor:
+    """A block on packed tokens. What somebody put in the place of a `Block` runs on each batch by itself."""
+    if not is_plain(block):
+        return pack([block(part) for part in unpack(x, shapes)])
+    drop_rate = block.sample_drop_ratio if block.training else 0.0
+    for branch in (attention_branch, mlp_branch):
+        if drop_rate == 0:
+            x = x + branch(block, x, shapes)
+            continue
+        parts = unpack(x, shapes)
+        kept = [sample_images(part, drop_rate) for part in parts]
+        shapes_kept = [(len(i), N) for i, (_, N) in zip(kept, shapes)]
+        residuals = branch(block, pack([part[i] for part, i in zip(parts, kept)]), shapes_kept).to(x.dtype)
+        added = zip(parts, kept, unpack(residuals, shapes_kept))
+        x = pack([part.index_add(0, i, residual, alpha=len(part) / max(len(i), 1)) for part, i, residual in added])
+    return x
+
+
+def attention_branch(block, x: Tensor, shapes: Shapes) -> Tensor:
+    qkv = unpack(block.attn.qkv(block.norm1(x)), shapes)
+    heads = pack([attend(block.attn, part) for part in qkv])
+    return block.ls1(block.attn.proj_drop(block.attn.proj(heads)))
+
+
+def mlp_branch(block, x: Tensor, shapes: Shapes) -> Tensor:
+    return block.ls2(block.mlp(block.norm2(x)))
+
+
+def pack(parts: list[Tensor]) -> Tensor:
+    """[(B, N, D), ...] -> (1, sum of B * N, D)."""
+    return torch.cat([part.flatten(0, 1) for part in parts])[None]
+
+
+def unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
+    """(1, sum of B * N, D) -> [(B, N, D), ...]."""
+    return [part.unflatten(0, shape) for part, shape in zip(x[0].split([B * N for B, N in shapes]), shapes)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -673,8 +736,7 @@ def download(url: str) -> Path:
             os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"cannot download {url}: {error}. Put that file at {path} by hand, or use the model that comes with "
-            "the repository, examples/digits.safetensors"
+            f"cannot download {url}: {error}; put that file at {path} by hand, or give the path of another"
         ) from None
     return path
 
@@ -714,6 +776,8 @@ def from_state_dict(
     ValueError that names the config field that contradicts the shapes, or the first tensor that is missing, unknown, or of
     a wrong shape or dtype.
     """
+    if config is not None:
+        check_config(config)
     inferred = infer_config({str(key).removeprefix("backbone."): x for key, x in tensors.items()}, config)
     for field, told in dataclasses.asdict(inferred).items():  # before anything of that size is allocated
         if config is not None and getattr(config, field) != told:
@@ -745,6 +809,33 @@ def check_labels(labels: object, num_classes: int) -> list[str] | None:
     return labels or None
 
 
+def check_config(config: Config) -> None:
+    """Raises a ValueError that names the first invalid field."""
+
+    def require(field: str, valid: bool, allowed: str):
+        if not valid:
+            raise ValueError(f"config: {field} must be {allowed}, got {getattr(config, field)!r}")
+
+    for field in ("embed_dim", "depth", "num_heads", "patch_size", "crop_size", "in_chans"):
+        value = getattr(config, field)
+        require(field, type(value) is int and value > 0, "a positive integer")
+    for field in ("mlp_ratio", "layerscale_init", "drop_path_rate", "interpolate_offset"):
+        value = getattr(config, field)
+        require(field, type(value) in (int, float) and math.isfinite(value), "a finite number")
+    P, R = config.patch_size, config.num_register_tokens
+    sides = config.image_size if type(config.image_size) is tuple else (config.image_size,) * 2
+    require("num_heads", config.embed_dim % config.num_heads == 0, f"a divisor of embed_dim, {config.embed_dim}")
+    require("ffn", config.ffn in ("mlp", "swiglu"), "'mlp' or 'swiglu'")
+    require("mlp_ratio", config.hidden_dim > 0, "positive")
+    require("image_size", len(sides) == 2 and all(type(x) is int and x >= P for x in sides), f"{P} pixels or more")
+    require("crop_size", config.crop_size <= 16384, "at most 16384")
+    require("num_register_tokens", type(R) is int and R >= 0, "0 or a positive integer")
+    for field in ("drop_path_rate", "interpolate_offset"):
+        require(field, 0 <= getattr(config, field) < 1, "at least 0 and below 1")
+    for field in ("interpolate_antialias", "drop_path_uniform"):
+        require(field, type(getattr(config, field)) is bool, "True or False")
+
+
 class _SkipInit(torch.overrides.TorchFunctionMode):
     """Skips the random initialisation of parameters that are replaced right after."""
 
@@ -769,12 +860,12 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
         hidden = shapes["blocks.0.mlp.w3.weight" if ffn == "swiglu" else "blocks.0.mlp.fc2.weight"][1]
         R = shapes["register_tokens"][1] if "register_tokens" in shapes else 0
     except (KeyError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"no state dict with the official names (convert_weights.py knows others): {error!r}") from None
+        raise ValueError(f"no state dict with the official names: {error!r}") from None
     if config is None:
-        num_heads = num_heads or {known.embed_dim: known.num_heads for known in _CONFIGS.values()}.get(D)
+        num_heads = num_heads or {known.embed_dim: known.num_heads for known in CONFIGS.values()}.get(D)
         if num_heads is None:
-            raise ValueError(f"width {D} does not tell the number of heads: give it to convert_weights.py as --num-heads")
-        config = Config(D, num_heads=num_heads, **({} if R else _NO_REGISTERS))
+            raise ValueError(f"width {D} does not tell the number of heads: give num_heads")
+        config = dataclasses.replace(CONFIGS["vits14_reg" if R else "vits14"], num_heads=num_heads)
     config = dataclasses.replace(config, embed_dim=D, depth=depth, ffn=ffn, patch_size=P, in_chans=C, num_register_tokens=R)
     if math.prod(config.grid) != num_patches:  # the sides of a grid that is not square are known to the config alone
         config = dataclasses.replace(config, image_size=math.isqrt(max(num_patches, 0)) * P)

@@ -3,7 +3,7 @@
     pip install -e ".[examples,parity]"
     python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
     python examples/benchmark.py > examples/benchmark.md    # everything but corpus, as Markdown
-    python examples/benchmark.py forward start              # or some parts: forward engines start load folder fast growth
+    python examples/benchmark.py forward start              # or some parts: forward lists start ...
 
 All sides have the same random weights and take turns, in a new random order for each turn. Short workloads are repeated for
 half a second per turn, and the fastest run counts. A figure is the median over turns; a ratio is the median of the ratios
@@ -173,6 +173,43 @@ def forward_row(args: argparse.Namespace, name: str, size: int, batch: int) -> d
     cells = {side: f"{1000 * medians[side] / batch:.1f} ({ratio(results[side], results['dinoreg'])})" for side in sides}
     rate = operations / medians["matrix products"] / 1e9
     return {"model": name, "pixels": size, "batch": batch, **cells, "GFLOP/s": f"{rate:.0f}"}
+
+
+def lists(args: argparse.Namespace) -> None:
+    print(
+        "Images of several sizes through `forward`, milliseconds for all; in brackets the ratio to one packed pass. Others:"
+    )
+    print("a pass for each tensor, and one batch padded with zeros to the largest size, whose features are not the same.\n")
+    table_of_dicts(lists_row(args, name, *case) for name, case in itertools.product(args.models, LISTS.items()))
+
+
+LISTS = {
+    "eight images near 224 x 224": [
+        (1, 14 * h, 14 * w) for h, w in zip((12, 14, 15, 16, 16, 17, 18, 20), (20, 18, 17, 15, 16, 16, 14, 13))
+    ],
+    "twelve images of 98 x 98": [(1, 98, 98)] * 12,
+    "a training step: 2 global crops (224), 8 local ones (98)": [(2, 224, 224), (8, 98, 98)],
+}
+
+
+@torch.inference_mode()
+def lists_row(args: argparse.Namespace, name: str, label: str, shapes: list[tuple[int, int, int]]) -> dict:
+    device = torch.device(args.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = dinoreg.DinoVisionTransformer(dinoreg.CONFIGS[name]).to(device, dtype).eval()
+    images = [torch.randn(B, 3, H, W, device=device, dtype=dtype) for B, H, W in shapes]
+    H, W = (max(image.shape[side] for image in images) for side in (2, 3))
+    padded = torch.cat([F.pad(image, (0, W - image.shape[3], 0, H - image.shape[2])) for image in images])
+    sides = {
+        "packed": lambda: model(images),
+        "one by one": lambda: torch.cat([model(image) for image in images]),
+        "padded": lambda: model(padded),
+    }
+    results = take_turns(sides, args.turns, seconds=args.seconds)
+    cells = {
+        side: f"{1000 * statistics.median(times):.0f} ({ratio(times, results['packed'])})" for side, times in results.items()
+    }
+    return {"model": name, "images": label, **cells}
 
 
 def engines(args: argparse.Namespace) -> None:
@@ -499,7 +536,7 @@ def save_crops(folder: Path, count: int) -> Path:
     return folder
 
 
-PARTS = {part.__name__: part for part in (forward, engines, start, load, folder, fast, growth, corpus)}
+PARTS = {part.__name__: part for part in (forward, lists, engines, start, load, folder, fast, growth, corpus)}
 
 
 def processor() -> str:

@@ -24,10 +24,23 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=best, help="cpu, cuda, mps, ... (default: the best available, here %(default)s)")
 
 
-def load_backbone(source: str, device: str = "cpu") -> dinoreg.DinoVisionTransformer:
-    """The backbone of an official model or of a file, also if that is a classifier."""
+def add_stride(parser: argparse.ArgumentParser) -> None:
+    rule = "distance of patches, a divisor of the patch size: 7 gives a grid twice as dense (default: the patch size)"
+    parser.add_argument("--stride", type=int, metavar="PIXELS", help=rule)
+
+
+def load_backbone(source: str, device: str = "cpu", stride: int | None = None) -> dinoreg.DinoVisionTransformer:
+    """The backbone of an official model or of a file, also if that is a classifier, with patches a stride apart."""
     model = dinoreg.load(source, device=device)
-    return model.backbone if isinstance(model, dinoreg.LinearClassifier) else model
+    return set_stride(model.backbone if isinstance(model, dinoreg.LinearClassifier) else model, stride)
+
+
+def set_stride(backbone: dinoreg.DinoVisionTransformer, stride: int | None) -> dinoreg.DinoVisionTransformer:
+    if stride is not None:
+        if stride < 1 or backbone.patch_size % stride:
+            raise ValueError(f"--stride must be a divisor of the patch size, {backbone.patch_size}, got {stride}")
+        backbone.patch_embed.proj.stride = (stride, stride)
+    return backbone
 
 
 def reason(error: Exception) -> str:

@@ -125,7 +125,7 @@ def describe(model: dinoreg.DinoVisionTransformer, name: str, seen: list[dict[st
 
 
 def run(args: argparse.Namespace) -> int:
-    models = {source: common.load_backbone(source, args.device) for source in args.model}
+    models = {source: common.load_backbone(source, args.device, args.stride) for source in args.model}
     seen: dict[str, list[dict[str, Tensor]]] = {source: [] for source in models}
     photos, failed = [], 0
     for path in tqdm(dinoreg.find_images(args.images), unit="image"):
@@ -164,6 +164,7 @@ def main() -> int:
     area = "side of a square with as many pixels as the resized image"
     add("--size", type=int, metavar="PIXELS", help=f"{area} (default: {training})")
     add("-o", "--output", type=Path, default=Path("explore.html"), metavar="PAGE", help="default: %(default)s")
+    common.add_stride(parser)
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 

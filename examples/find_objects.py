@@ -95,7 +95,7 @@ def draw(photo: Image.Image, mask: np.ndarray, box: list[int] | None) -> Image.I
 
 
 def run(args: argparse.Namespace) -> int:
-    model = common.load_backbone(args.model, args.device)
+    model = common.load_backbone(args.model, args.device, args.stride)
     if args.size < model.patch_size:
         raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
     bias = BIAS[args.features] if args.bias is None else args.bias
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         features = last_attention(model, x.to(args.device))[args.features].cpu()
         similarity = features @ features.T
-        h, w = (side // model.patch_size for side in x.shape[1:])
+        h, w = model.to_grid(*x.shape[1:])
         mask = exclude_border(lost(similarity + bias * similarity.mean(), h, w))
         box = find_box(mask, *photo.size)
         with dinoreg.atomic(path) as part:
@@ -134,6 +134,7 @@ def main() -> int:
     area = "side of a square with as many pixels as the resized image"
     add("--size", type=int, default=518, metavar="PIXELS", help=f"{area} (default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    common.add_stride(parser)
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 

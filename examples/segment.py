@@ -50,18 +50,19 @@ def tile_starts(length: int, tile: int) -> list[int]:
     return torch.linspace(0, max(0, length - tile), count).round().int().tolist()
 
 
-def run_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, P: int) -> Tensor:
-    """What a function (B, 3, H, W) -> (B, h, w, K) gives for an image (3, H, W), computed in tiles: (h, w, K).
+def run_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, backbone: dinoreg.DinoVisionTransformer) -> Tensor:
+    """What a function (B, 3, H, W) -> (B, h, w, K) of a backbone gives for an image (3, H, W), in tiles: (h, w, K).
 
-    Tiles have at most `tile` patches a side, of P pixels each. Where they overlap, the result is their mean.
+    Tiles have at most `tile` patches a side, if these do not overlap. Where tiles overlap, the result is their mean.
     """
-    h, w = (side // P for side in x.shape[1:])
+    P, (h, w) = backbone.patch_size, backbone.to_grid(*x.shape[1:])
+    density = P // backbone.patch_embed.proj.stride[0]  # patches that begin within the side of one
     total, count = 0, 0
-    for top in tile_starts(h, tile):
-        for left in tile_starts(w, tile):
+    for top in tile_starts(x.shape[1] // P, tile):
+        for left in tile_starts(x.shape[2] // P, tile):
             output = function(x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P])[0]
             rows, columns, _ = output.shape
-            margins = (0, 0, left, w - left - columns, top, h - top - rows)
+            margins = (0, 0, left * density, w - left * density - columns, top * density, h - top * density - rows)
             total = total + F.pad(output, margins)
             count = count + F.pad(torch.ones_like(output[..., :1]), margins)
     return total / count
@@ -131,7 +132,7 @@ def by_example(
     known, shares, device = [], [], backbone.pos_embed.device
     for photo, mask in examples:
         x = dinoreg.preprocess(photo, size, keep_aspect=True, patch_size=backbone.patch_size).to(device)
-        tokens = run_tiles(features, x, tile, backbone.patch_size)  # (h, w, D)
+        tokens = run_tiles(features, x, tile, backbone)  # (h, w, D)
         pixels = torch.from_numpy(mask)[None]
         share = [F.adaptive_avg_pool2d((pixels == i).float(), tokens.shape[:2]) for i in range(K)]
         share = torch.cat(share).permute(1, 2, 0).to(device)  # (h, w, K)
@@ -178,13 +179,15 @@ def run(args: argparse.Namespace) -> int:
     if args.weights:
         segment = load(args.weights, args.device)
         backbone, classes, size = segment.backbone, segment.classes, args.size or segment.backbone.config.crop_size
+        common.set_stride(backbone, args.stride)
     else:
-        backbone, size = common.load_backbone(args.model, args.device), args.size or 518
+        backbone, size = common.load_backbone(args.model, args.device, args.stride), args.size or 518
         classes = masks.read_classes(args.classes) if args.classes else None
     P = backbone.patch_size
     tile = args.tile // P
-    if min(size, args.tile) < P:
-        raise ValueError(f"--size and --tile must be at least {P}, the side of a patch")
+    least = P if args.stride in (None, P) else 2 * P  # tiles of one patch do not overlap
+    if min(size, args.tile) < least:
+        raise ValueError(f"--size and --tile must be at least {least}, patches have sides of {P}")
     if args.like:
         examples = [(photo, masks.read_mask(mask, photo, classes, args.ignore)) for photo, mask in args.like]
         if classes is None:
@@ -207,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(f"segment: {image}: {common.reason(error)}", file=sys.stderr)
             failed += 1
             continue
-        logits = run_tiles(segment, x.to(args.device), tile, P)
+        logits = run_tiles(segment, x.to(args.device), tile, backbone)
         mask = classify_pixels(logits, photo.height, photo.width)
         if truth is not None:
             confusions = confusions + masks.confusion(truth, mask, len(classes))
@@ -243,6 +246,7 @@ def main() -> int:
     add("--truth", type=Path, metavar="FOLDER", help="true masks, NAME.png: print mean IoU and pixel accuracy at the end")
     add("--width", type=int, default=1000, metavar="PIXELS", help="of the overlays, at most (default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("segments"), metavar="FOLDER", help="default: %(default)s")
+    common.add_stride(parser)
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 

@@ -30,7 +30,7 @@ from common import OUTLIER, colour, find_foreground
 @torch.inference_mode()
 def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
     """The maps of an image (3, H, W), by title: (h, w), or (h, w, 3) for colours."""
-    h, w = (side // model.patch_size for side in x.shape[1:])
+    h, w = model.to_grid(*x.shape[1:])
     batch = x[None].to(model.pos_embed.device)
     features = model.forward_features(batch)
     patches = features["x_norm_patchtokens"][0].cpu()
@@ -69,7 +69,7 @@ def draw(rows: dict[str, dict[str, Tensor]]) -> Figure:
 def run(args: argparse.Namespace) -> int:
     models = {}
     for source in args.model:
-        models[source] = model = common.load_backbone(source, args.device)
+        models[source] = model = common.load_backbone(source, args.device, args.stride)
         if args.size < model.patch_size:
             raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -108,6 +108,7 @@ def main() -> int:
     rule = f"{OUTLIER} times the median norm of all images, for each model"
     add("--cutoff", type=float, metavar="NORM", help=f"the norm above which tokens are outliers (default: {rule})")
     add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    common.add_stride(parser)
     common.add_device(parser)
     return common.run(run, parser.parse_args())
 
