@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 import dinoreg
-from dinoreg import Config, DinoVisionTransformer, LinearClassifier
+from dinoreg import Config, DinoVisionTransformer, LinearClassifier, Transform
 
 # The names of the same parameters in each dialect. "#" is the block: "blocks.0", or "encoder.layer.0" in Hugging Face's.
 # Braces list the parts that are concatenated into one official tensor. "hf" are the names in files on the hub, which all
@@ -97,45 +98,144 @@ def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
-def to_official(checkpoint: dict) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+# What stands at the end of the name of the tensor by which a backbone is found; what stands before it is the prefix.
+PATCHES = re.compile(r"(?:^|(?<=\.))(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight$")
+WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+AVERAGED = re.compile(r"(?:^|[._])(?:teacher|ema|swa|averaged|momentum|target)(?:[._]|$)")
+
+
+def flatten(checkpoint: dict, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of nested dicts, with the names that PyTorch would give them, without those of wrapping modules."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in checkpoint.items():
+        if isinstance(value, dict):
+            tensors |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            tensors[WRAPPERS.sub("", f"{prefix}{key}")] = value
+    return tensors
+
+
+def find_backbone(tensors: dict[str, Tensor], wanted: str | None) -> str:
+    """The prefix of the names of the backbone's tensors. Raises a ValueError unless there is one that is to be taken."""
+    prefixes = sorted({PATCHES.sub("", key) for key in tensors if PATCHES.search(key)})
+    if not prefixes:
+        raise ValueError(f"{min(tensors, default='no tensor')}: this is no DINOv2, which has a patch_embed.proj.weight")
+    if wanted is not None:
+        if wanted not in prefixes:
+            raise ValueError(f"no backbone has the prefix {wanted!r}; there are {', '.join(map(repr, prefixes))}")
+        return wanted
+    averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
+    if len(prefixes) == 1 or len(averaged) == 1:
+        (prefix,) = prefixes if len(prefixes) == 1 else averaged
+        if len(prefixes) > 1:
+            note(f"took the averaged weights {prefix!r}, not {', '.join(repr(x) for x in prefixes if x != prefix)}")
+        return prefix
+    raise ValueError(f"several backbones, choose one with --prefix: {', '.join(map(repr, prefixes))}")
+
+
+def note(text: str) -> None:
+    print(f"convert_weights: {text}", file=sys.stderr)
+
+
+def to_official(
+    checkpoint: dict, prefix: str | None = None, no_embed_class: bool | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """A checkpoint of any dialect as (backbone, head or {}, dialect), with official names.
 
-    Raises a ValueError that names a tensor unknown to the dialect.
+    Of several backbones, prefix names the one to take. What timm's no_embed_class is for the model, if the shapes do not
+    tell. Tensors beside the backbone are left out, and said. Raises a ValueError that names a tensor unknown to the dialect.
     """
-    for key in ("teacher", "student", "model", "state_dict"):
-        if isinstance(checkpoint.get(key), dict):
-            return to_official(checkpoint[key])
-    tensors = {str(key).removeprefix("module."): tensor for key, tensor in checkpoint.items()}
+    beside = flatten(checkpoint)
+    prefix = find_backbone(beside, prefix)
+    tensors = take(beside, prefix) if prefix else beside
+    if not prefix:
+        beside = {}
+    hugging_face = "embeddings.patch_embeddings.projection.weight" in tensors
+    dialect = "hf" if hugging_face else "timm" if "reg_token" in tensors or is_packed_swiglu(tensors) else "official"
+    if any(".attention.q_proj." in key for key in tensors):
+        dialect = "hf5"
+    if other := sorted(key for key in tensors if key.split(".")[0] in OTHER_MODELS):
+        raise ValueError(f"{other[0]}: a DINOv2 has no such layer, and would not give what this model gives")
 
-    if any("patch_embeddings" in key for key in tensors):
-        head = take(tensors, "classifier.")
-        tensors = take(tensors, "dinov2_with_registers.") or take(tensors, "dinov2.") or tensors
-        dialect = "hf5" if any(".q_proj." in key for key in tensors) else "hf"
-        return rename(tensors, dialect, "official"), head, dialect
-
-    if "patch_embed.proj.weight" in tensors and "mask_token" not in tensors:
-        head = take(tensors, "head.")
-        tensors = rename(tensors, "timm", "official")
-        zeros = torch.zeros_like(tensors["cls_token"])
-        if "register_tokens" in tensors:  # then timm has added the CLS token's position to it already
-            tensors["pos_embed"] = torch.cat([zeros, tensors["pos_embed"]], dim=1)
-        if head:  # its input is the CLS token only: the weights for the mean patch token are 0
-            head["weight"] = torch.cat([head["weight"], torch.zeros_like(head["weight"])], dim=1)
-        return tensors | {"mask_token": zeros[0]}, head, "timm"
-
-    head = take(tensors, "linear_head.")
-    backbone = take(tensors, "backbone.")
-    if backbone and tensors:
-        modules = sorted({key.split(".")[0] for key in tensors})
-        print(f"left out, beside the backbone: {', '.join(modules)}", file=sys.stderr)
+    parent = ".".join([*prefix.split(".")[:-2], ""])  # of "model.backbone.": "model."
+    name = "classifier." if hugging_face else "linear_head."
+    head = take(tensors, name) or take(beside, parent + name)
+    cls_head = {} if hugging_face else take(tensors, "head.")
+    known = {row[dialect].replace("#", BLOCKS[dialect]).split(".")[0] for row in NAMES}
+    beside |= {prefix + key: tensors.pop(key) for key in list(tensors) if key.split(".")[0] not in known}
     # Training checkpoints keep blocks in chunks: blocks.<chunk>.<index>, where the index is global.
-    backbone = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): x for key, x in (backbone or tensors).items()}
-    return rename(backbone, "official", "official"), head, "official"
+    tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): x for key, x in tensors.items()}
+    tensors = add_absent(rename(tensors, dialect, "official"))
+    if "reg_token" in known and "register_tokens" in tensors:
+        place_registers(tensors, no_embed_class)
+
+    D = tensors["cls_token"].shape[-1]
+    if head and (head_width(head) <= D or head_width(head) % D or (hugging_face and head_width(head) != 2 * D)):
+        beside |= {prefix + name: head.popitem()[1]}
+        head = {}
+    if cls_head and head_width(cls_head) == D:  # the input is the CLS token only: the weights for the mean patch token are 0
+        head = cls_head | {"weight": torch.cat([cls_head["weight"], torch.zeros_like(cls_head["weight"])], dim=1)}
+    elif cls_head:
+        beside |= {prefix + "head": cls_head.popitem()[1]}
+    if beside:
+        names = [key.split(".") for key in [prefix, *beside]]
+        shared = next(i for i, parts in enumerate(zip(*names)) if len(set(parts)) > 1)
+        modules = sorted({name[shared] for name in names[1:]})
+        note(f"left out, beside the backbone: {', '.join(modules[:8])}{', ...' if len(modules) > 8 else ''}")
+    return tensors, head, dialect
+
+
+# Layers of timm's and DINOv3's models that change what the backbone computes.
+OTHER_MODELS = {"norm_pre", "fc_norm", "dist_token", "rope", "rope_embed", "storage_tokens"}
+
+
+def head_width(head: dict[str, Tensor]) -> int:
+    """The width of the input of a linear layer, or 0 if these are not the tensors of one."""
+    linear = set(head) == {"weight", "bias"} and head["weight"].ndim == 2
+    return head["weight"].shape[1] if linear else 0
+
+
+def add_absent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a backbone with those that its model does without: masks and biases that are 0, LayerScale of 1."""
+    weight = tensors["patch_embed.proj.weight"]
+    D, absent = len(weight), {"mask_token": weight.new_zeros(1, len(weight))}
+    blocks = {key.removesuffix(".norm1.weight") for key in tensors if key.endswith(".norm1.weight")}
+    for name, value in (
+        ("attn.qkv.bias", weight.new_zeros(3 * D)),
+        ("ls1.gamma", weight.new_ones(D)),
+        ("ls2.gamma", weight.new_ones(D)),
+    ):
+        if not any(key.endswith(name) for key in tensors):  # one block without it is a damaged file
+            absent |= {f"{block}.{name}": value.clone() for block in blocks}
+    return absent | tensors
+
+
+def place_registers(tensors: dict[str, Tensor], no_embed_class: bool | None) -> None:
+    """Move timm's positions to where the official model has them.
+
+    With no_embed_class, timm has added the position of CLS to it, and pos_embed has rows for patches only. Without it, the
+    rows are those of CLS, of the registers, which have no position here, and of the patches.
+    """
+    registers, positions = tensors["register_tokens"], tensors["pos_embed"]
+    R, rows = registers.shape[1], positions.shape[1]
+    if no_embed_class is None:
+        no_embed_class = math.isqrt(rows) ** 2 == rows
+    if no_embed_class:
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    else:
+        tensors["register_tokens"] = registers + positions[:, 1 : 1 + R]
+        tensors["pos_embed"] = torch.cat([positions[:, :1], positions[:, 1 + R :]], dim=1)
 
 
 def from_official(model: DinoVisionTransformer | LinearClassifier, dialect: str) -> dict[str, Tensor]:
     """The state dict of a model in another dialect. Raises a ValueError if the dialect has no such classifier."""
-    tensors = dict(model.state_dict())
+    model, config, tensors = dinoreg.describe_model(model)
+    if config.grid[0] != config.grid[1]:
+        raise ValueError(
+            "a position embedding of {} x {} patches; only dinoreg's own files keep one that is no square".format(
+                *config.grid
+            )
+        )
     if dialect == "official":
         return tensors
     head = take(tensors, "linear_head.")
@@ -168,8 +268,13 @@ def hf_type(config: Config) -> str:
 
 
 def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
-    """The contents of Hugging Face's config.json for a model."""
-    config = model.config
+    """The contents of Hugging Face's config.json for a model. Raises a ValueError if it cannot describe the model."""
+    model, config, _ = dinoreg.describe_model(model)
+    mlp_ratio = round(config.mlp_ratio)  # an integer there
+    if dataclasses.replace(config, mlp_ratio=mlp_ratio).hidden_dim != config.hidden_dim:
+        raise ValueError(
+            f"mlp_ratio is {config.mlp_ratio:g}, which Hugging Face's config.json, with integers only, cannot say"
+        )
     stem = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
     described = {
         "architectures": [stem + ("ForImageClassification" if isinstance(model, LinearClassifier) else "Model")],
@@ -177,14 +282,14 @@ def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
-        "mlp_ratio": int(config.mlp_ratio),
+        "mlp_ratio": mlp_ratio,
         "use_swiglu_ffn": config.ffn == "swiglu",
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
         "layerscale_value": config.layerscale_init,
         "drop_path_rate": config.drop_path_rate,
         "qkv_bias": True,
-        "image_size": config.image_size,
+        "image_size": config.grid[0] * config.patch_size,
         "patch_size": config.patch_size,
         "num_channels": config.in_chans,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -198,22 +303,161 @@ def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
     return described
 
 
-def hf_preprocessor(config: Config) -> dict:
-    """The contents of Hugging Face's preprocessor_config.json: the official evaluation transform."""
-    return {
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def hf_preprocessor(transform: Transform) -> dict:
+    """The contents of Hugging Face's preprocessor_config.json for a transform."""
+    described = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": config.crop_size * 8 // 7},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": config.crop_size, "width": config.crop_size},
+        "size": hf_size(transform.resize),
+        "resample": next(number for number, name in RESAMPLING.items() if name == transform.resampling),
+        "do_center_crop": transform.crop is not None,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": dinoreg.IMAGENET_MEAN,
-        "image_std": dinoreg.IMAGENET_STD,
+        "image_mean": transform.mean,
+        "image_std": transform.std,
     }
+    if transform.crop:
+        described["crop_size"] = hf_size(transform.crop)
+    return described
+
+
+def hf_size(size: int | tuple[int, int]) -> dict[str, int]:
+    return {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]}
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# What an image processor does where its file is silent: whether an integer size is that of a square, and the rest.
+PROCESSORS = {
+    "Bit": (
+        False,
+        {
+            "size": 224,
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": 224,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+    ),
+    "CLIP": (
+        False,
+        {
+            "size": 224,
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": 224,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+    ),
+    "ViT": (True, {"size": 224, "resample": 2, "do_center_crop": False, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}),
+    "DeiT": (
+        True,
+        {
+            "size": 256,
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": 224,
+            "image_mean": dinoreg.IMAGENET_MEAN,
+            "image_std": dinoreg.IMAGENET_STD,
+        },
+    ),
+}
+
+
+def transform_from_hf(described: dict) -> Transform:
+    """The transform of Hugging Face's preprocessor_config.json. Raises a ValueError that names what it cannot express."""
+    kind = described.get("image_processor_type") or described.get("feature_extractor_type") or "BitImageProcessor"
+    family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+    if family not in PROCESSORS:
+        raise ValueError(f"preprocessor_config.json: {kind} is not supported; known are {', '.join(PROCESSORS)}")
+    square, defaults = PROCESSORS[family]
+    told = defaults | {key: value for key, value in described.items() if value is not None}
+    if family == "ViT":
+        told["do_center_crop"] = False  # it has no such step, whatever the file says
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    for key, value in told.items():
+        unknown = key.startswith("do_") and value and key not in steps
+        needed = key in ("do_resize", "do_rescale") and not value
+        factor = key == "rescale_factor" and abs(value * 255 - 1) > 1e-6
+        other = key in ("crop_pct", "size_divisor", "offset", "pad_size") and value
+        if unknown or needed or factor or other:
+            raise ValueError(f"preprocessor_config.json: {key} = {json.dumps(value)} is not supported")
+    size, crop = told["size"], told.get("crop_size", 0)
+    if isinstance(size, int):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    if set(size) not in ({"height", "width"}, {"shortest_edge"}):
+        raise ValueError(f"preprocessor_config.json: size = {json.dumps(size)} is not supported")
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if told["resample"] not in RESAMPLING:
+        raise ValueError(f"preprocessor_config.json: resample = {told['resample']} is not supported; known are {RESAMPLING}")
+    normal = told.get("do_normalize", True)
+    return Transform(
+        resize=size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"]),
+        crop=(crop["height"], crop["width"]) if told["do_center_crop"] else None,
+        resampling=RESAMPLING[told["resample"]],
+        mean=tuple(told["image_mean"]) if normal else (0.0, 0.0, 0.0),
+        std=tuple(told["image_std"]) if normal else (1.0, 1.0, 1.0),
+    )
+
+
+def transform_from_timm(described: dict) -> Transform:
+    """The transform of `pretrained_cfg` in timm's config.json. Raises a ValueError that names what it cannot express."""
+    crop = described.get("input_size", [3, 224, 224])[1:]
+    mode, share = described.get("crop_mode", "center"), described.get("crop_pct", 0.875)
+    resize = [math.floor(side / share) for side in crop]
+    resampling = described.get("interpolation", "bicubic")
+    if mode not in ("center", "squash") or (mode == "center" and crop[0] != crop[1]):
+        raise ValueError(f"config.json: crop_mode = {mode!r} for {crop[0]} x {crop[1]} pixels is not supported")
+    return Transform(
+        resize=resize[0] if mode == "center" else (resize[0], resize[1]),
+        crop=(crop[0], crop[1]),
+        resampling=resampling,
+        mean=tuple(described.get("mean", dinoreg.IMAGENET_MEAN)),
+        std=tuple(described.get("std", dinoreg.IMAGENET_STD)),
+    )
+
+
+# Heads of timm's architectures of other widths than the official ones: "vit_huge_patch14_224" has 16.
+TIMM_HEADS = {
+    "vit_tiny": 3,
+    "vit_small": 6,
+    "vit_base": 12,
+    "vit_large": 16,
+    "vit_huge": 16,
+    "vit_giant": 16,
+    "vit_gigantic": 16,
+}
+
+
+def check_described(described: dict) -> None:
+    """Raises a ValueError for what a config.json says that would change the numbers, and that this model does not have."""
+    arguments = described.get("model_args", {})
+    fixed = {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "problem_type": "single_label_classification",
+    }
+    for key, only in fixed.items():
+        value = described.get(key)
+        swiglu = key == "hidden_act" and described.get("use_swiglu_ffn")  # then it is not used
+        if value is not None and value != only and not swiglu:
+            raise ValueError(f"config.json: {key} is {value!r}; supported is {only!r} only")
+    if described.get("id2label") and len(described["id2label"]) == 1:
+        raise ValueError("config.json: a head of one class (id2label) is a regression, not a classifier")
+    for key, allowed in {
+        "global_pool": ("token", ""),
+        "act_layer": ("gelu", "silu"),
+        "qk_norm": (False,),
+        "class_token": (True,),
+    }.items():
+        if key in arguments and arguments[key] not in allowed:
+            raise ValueError(f"config.json: {key} is {arguments[key]!r}; supported is {allowed[0]!r} only")
 
 
 def hf_folder(repo_id: str) -> Path:
@@ -236,24 +480,41 @@ def hf_folder(repo_id: str) -> Path:
 # Reading and writing files
 
 
+def find_files(folder: Path) -> list[Path]:
+    """The files of a model in a folder: those that transformers and timm would take, or the only one."""
+    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            count = re.search(r"-of-(\d+)\.", files[0].name)
+            if count and len(files) != int(count[1]):
+                raise FileNotFoundError(f"{folder}: only {len(files)} of the {int(count[1])} files {pattern}")
+            return files
+    files = [file for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt") for file in sorted(folder.glob(pattern))]
+    if len(files) != 1:
+        found = (
+            f"several files of weights, name one: {', '.join(file.name for file in files)}"
+            if files
+            else "no file of weights"
+        )
+        raise FileNotFoundError(f"{folder}: neither *.safetensors nor pytorch_model*.bin of a model in this folder, {found}")
+    return files
+
+
 def read(
-    source: str, head: str | None = None, layers: int = 4, num_heads: int | None = None
+    source: str, head: str | None = None, layers: int = 4, num_heads: int | None = None, prefix: str | None = None
 ) -> tuple[DinoVisionTransformer | LinearClassifier, str]:
     """The model of an official name, a file, a folder or a Hugging Face repository, and its dialect.
 
     head is an official linear head for a backbone, as a file. num_heads is needed for widths that are not official, unless
-    config.json has it. Raises OSError or ValueError with the reason.
+    config.json has it. prefix is what the names of the backbone's tensors begin with, if the file holds several. The
+    transform comes from config.json or preprocessor_config.json beside the weights. Raises OSError or ValueError with the
+    reason.
     """
     if source.removeprefix("dinov2_").removesuffix("_lc") in dinoreg.CONFIGS:
         return dinoreg.load(source, layers, dtype=None), "official"
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         path = hf_folder(source)
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        if not files:
-            raise FileNotFoundError(f"{path}: neither *.safetensors nor pytorch_model*.bin in this folder")
+    files = find_files(path) if path.is_dir() else [path]
     checkpoint: dict[str, Tensor] = {}
     for file in files:
         tensors, metadata = dinoreg.read_tensors(file)
@@ -265,16 +526,27 @@ def read(
             json.loads(file.read_text(encoding="utf-8")) if (file := files[0].with_name(name)).exists() else {}
             for name in ("config.json", "preprocessor_config.json")
         )
-        backbone, own_head, dialect = to_official(checkpoint)
-        config = dinoreg.infer_config(backbone, num_heads=num_heads or described.get("num_attention_heads"))
-        if "crop_size" in processor:
-            config = dataclasses.replace(config, crop_size=processor["crop_size"]["height"])
+        check_described(described)
+        arguments = described.get("model_args", {})
+        backbone, own_head, dialect = to_official(checkpoint, prefix, arguments.get("no_embed_class"))
+        architecture = described.get("architecture", "")
+        width = backbone["cls_token"].shape[-1]
+        if num_heads is None:
+            num_heads = described.get("num_attention_heads") or arguments.get("num_heads")
+        if num_heads is None and width not in {config.embed_dim for config in dinoreg.CONFIGS.values()}:
+            num_heads = TIMM_HEADS.get("_".join(architecture.split("_")[:2]))
+        config = dinoreg.infer_config(backbone, num_heads=num_heads)
+        transform = Transform()
+        if processor:
+            transform = transform_from_hf(processor)
+        elif "pretrained_cfg" in described:
+            transform = transform_from_timm(described["pretrained_cfg"])
         labels = [label for _, label in sorted(described.get("id2label", {}).items(), key=lambda item: int(item[0]))]
         if head:
             own_head, _ = dinoreg.read_tensors(head)
         state_dict = dinoreg.add_head(backbone, own_head) if own_head else backbone
-        return dinoreg.from_state_dict(state_dict, config, labels or None), dialect
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of another structure
+        return dinoreg.from_state_dict(state_dict, config, labels if own_head and labels else None, transform), dialect
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:  # other JSON
         raise ValueError(f"{source}: config.json or preprocessor_config.json is not as Hugging Face's ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
@@ -294,10 +566,9 @@ def write(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLi
     with dinoreg.atomic(path) as part:
         if dialect == "hf":
             part.mkdir()
-            dinoreg.write_tensors(tensors, part / "model.safetensors", {"format": "pt"})
-            config = model.config
             (part / "config.json").write_text(json.dumps(hf_config(model), indent=2))
-            (part / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(config), indent=2))
+            (part / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(model.transform), indent=2))
+            dinoreg.write_tensors(tensors, part / "model.safetensors", {"format": "pt"})
         else:
             torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
 
@@ -315,10 +586,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-heads", type=int, metavar="A", help="attention heads, where neither width nor config.json tell"
     )
+    parser.add_argument("--prefix", help="of the backbone's tensors, if the file holds several: teacher.backbone.")
     parser.add_argument("--labels", metavar="FILE", help="a text file of the classes' names, one a line")
     args = parser.parse_args(argv)
     try:
-        model, dialect = read(args.source, args.head, args.layers, args.num_heads)
+        model, dialect = read(args.source, args.head, args.layers, args.num_heads, args.prefix)
         if args.labels:
             model.labels = Path(args.labels).read_text(encoding="utf-8").splitlines()
         write(model, args.output, args.to)
@@ -328,6 +600,7 @@ def main(argv: list[str] | None = None) -> int:
     count, size = (sum(f(p) for p in model.parameters()) for f in (Tensor.numel, lambda p: p.nbytes))
     print(f"{args.output}: {dialect} -> {args.to}, {count:,} parameters, {size / 1e6:,.1f} MB")
     print(model.config)
+    print(model.transform)
     if isinstance(model, LinearClassifier):
         print(
             f"{model.layers} layers -> {model.linear_head.out_features} classes: {', '.join((model.labels or [])[:3])}, ..."

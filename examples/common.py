@@ -35,6 +35,15 @@ def load_backbone(source: str, device: str = "cpu", stride: int | None = None) -
     return set_stride(model.backbone if isinstance(model, dinoreg.LinearClassifier) else model, stride)
 
 
+def set_size(backbone: dinoreg.DinoVisionTransformer, size: int | None) -> tuple[int, int]:
+    """Change the side of the images that the backbone's transform returns, if size is given; return their (H, W)."""
+    if size:
+        backbone.transform = backbone.transform.at_size(size)
+    if backbone.transform.size is None:
+        raise ValueError("the transform of this model keeps the shape of an image: --size is needed")
+    return backbone.transform.size
+
+
 def set_stride(backbone: dinoreg.DinoVisionTransformer, stride: int | None) -> dinoreg.DinoVisionTransformer:
     if stride is not None:
         if stride < 1 or backbone.patch_size % stride:
@@ -75,7 +84,10 @@ def split_batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 @torch.inference_mode()
 def compute(
-    function: Callable[[list[Tensor]], Iterable[Tensor]], read: Callable[[Path], Tensor | str], paths: Sequence[Path]
+    function: Callable[[list[Tensor]], Iterable[Tensor]],
+    read: Callable[[Path], Tensor | str],
+    paths: Sequence[Path],
+    transform: dinoreg.Transform,
 ) -> Iterator[Tensor | str]:
     """For each image file in turn: its result, or the reason why it could not be read.
 
@@ -83,7 +95,7 @@ def compute(
     the normalised images of a batch and returns a result for each.
     """
     for images in read_ahead(read, split_batches(paths, BATCH)):
-        tensors = [dinoreg.normalize(image) for image in images if isinstance(image, Tensor)]
+        tensors = [dinoreg.normalize(image, transform) for image in images if isinstance(image, Tensor)]
         results = iter(function(tensors) if tensors else ())
         for image in images:
             yield next(results) if isinstance(image, Tensor) else image
@@ -126,9 +138,9 @@ def vote(train: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: fl
     return torch.cat(votes)
 
 
-def to_pixels(x: Tensor) -> Tensor:
+def to_pixels(x: Tensor, transform: dinoreg.Transform) -> Tensor:
     """The image that `preprocess` normalised: (3, H, W) -> (H, W, 3) in [0, 1]."""
-    mean, std = torch.tensor([dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD])
+    mean, std = torch.tensor([transform.mean, transform.std])
     return (x.permute(1, 2, 0) * std + mean).clamp(0, 1)
 
 

@@ -29,6 +29,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -63,7 +64,7 @@ def read_inputs(source: str) -> tuple[pa.Table, list[str]]:
     filesystem, path = fsspec.url_to_fs(source)
     files = filesystem.glob(path) if "*" in path else filesystem.find(path)
     tables = [file for file in files if file.endswith(".parquet")]
-    files = tables or [file for file in files if Path(file).suffix.lower() in dinoreg.IMAGE_SUFFIXES]
+    files = tables or [file for file in files if dinoreg.is_image_name(Path(file).name)]
     if not files:
         raise ValueError(f"{source}: no images, or no such folder")
     uris = [file if Path(file).is_absolute() else filesystem.unstrip_protocol(file) for file in files]
@@ -110,7 +111,7 @@ def read_file(uri: str) -> bytes | Exception:
         return error
 
 
-def preprocess(rows: pa.Table, size: int) -> pa.Table:
+def preprocess(rows: pa.Table, transform: dinoreg.Transform) -> pa.Table:
     """Rows (path, perhaps bytes) -> path, width, height, error, pixels (3 * size * size, uint8; null on error)."""
     if "bytes" in rows.column_names:
         files = rows["bytes"].to_pylist()
@@ -122,13 +123,13 @@ def preprocess(rows: pa.Table, size: int) -> pa.Table:
         try:
             if isinstance(file, Exception):
                 raise OSError(common.reason(file))
-            images.append(dinoreg.preprocess(file, size, normalized=False).numpy())
+            images.append(dinoreg.preprocess(file, normalized=False, transform=transform).numpy())
             facts.append((*Image.open(io.BytesIO(file)).size, None))
         except (OSError, ValueError) as error:
             facts.append((None, None, common.reason(error).partition(" <_io")[0]))  # PIL calls the file that
     kinds = pa.int32(), pa.int32(), pa.string()
     width, height, error = (pa.array(values, kind) for values, kind in zip(zip(*facts), kinds))
-    pixels = to_column(np.array(images, np.uint8).reshape(-1, 3 * size * size), error)
+    pixels = to_column(np.array(images, np.uint8).reshape(-1, 3 * math.prod(transform.size)), error)
     return pa.table({"path": rows["path"], "width": width, "height": height, "error": error, "pixels": pixels})
 
 
@@ -151,7 +152,7 @@ class Embedder:
     @torch.inference_mode()
     def __call__(self, rows: pa.Table) -> pa.Table:
         pixels = torch.tensor(rows["pixels"].combine_chunks().flatten().to_numpy(), device=self.model.pos_embed.device)
-        x = dinoreg.normalize(pixels.unflatten(0, (-1, 3, *self.model.config.image_size)))
+        x = dinoreg.normalize(pixels.unflatten(0, (-1, 3, *self.model.transform.size)), self.model.transform)
         if self.tokens == "cls":
             columns = {"embedding": self.model.embed(x)}
         else:
@@ -201,7 +202,7 @@ def embed(
     else:
         paths = drop(paths, done)
         rows = ray.data.from_arrow([paths.slice(start, BLOCK) for start in range(0, len(paths), BLOCK)] or [paths])
-    rows = rows.map_batches(preprocess, fn_args=[args.size], batch_size=BLOCK, batch_format="pyarrow", **of_task)
+    rows = rows.map_batches(preprocess, fn_args=[model.transform], batch_size=BLOCK, batch_format="pyarrow", **of_task)
     rows = rows.map_batches(
         Embedder,
         fn_constructor_args=[ray.put(model), args.device, args.dtype, args.tokens, args.threads],
@@ -216,8 +217,11 @@ def embed(
 
 def run(args: argparse.Namespace) -> int:
     model = common.load_backbone(args.model)
-    args.size = args.size or model.config.crop_size
-    model.fix_image_size(args.size, args.size)
+    H, W = common.set_size(model, args.size)
+    if H != W:
+        raise ValueError(f"--model makes images of {H} x {W} pixels, this needs square ones: give --size")
+    args.size = H
+    model.fix_image_size(H, W)
     try:
         paths, files = read_inputs(args.source)
         args.output = str(Path(args.output).resolve()) if "://" not in args.output else args.output

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for path, _ in images]
 
     first = among_five = readable = 0
-    results = dinoreg.classify(model, paths, model.config.crop_size, batch_size=args.batch_size)
+    results = dinoreg.classify(model, paths, batch_size=args.batch_size)
     for (path, number), result in zip(images, tqdm(results, total=len(paths), unit="image")):
         if isinstance(result, Exception):
             tqdm.write(f"evaluate: {path}: {common.reason(result)}", file=sys.stderr)

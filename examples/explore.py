@@ -35,10 +35,10 @@ def encode(x: Tensor) -> str:
     return base64.b64encode(x.cpu().contiguous().numpy().tobytes()).decode()
 
 
-def encode_image(x: Tensor) -> str:
+def encode_image(x: Tensor, transform: dinoreg.Transform) -> str:
     """A normalised image (3, H, W) as a data: URL."""
     buffer = io.BytesIO()
-    pixels = (common.to_pixels(x) * 255).round().byte().numpy()
+    pixels = (common.to_pixels(x, transform) * 255).round().byte().numpy()
     Image.fromarray(pixels).save(buffer, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         inputs = []
         for model in models.values():
             size = args.size or round(math.sqrt(math.prod(model.config.grid)) * model.patch_size)
-            inputs.append(common.read_image(path, size, True, model.patch_size))
+            inputs.append(common.read_image(path, size, True, model.patch_size, transform=model.transform))
         if isinstance(inputs[0], str):
             tqdm.write(f"explore: {path}: {inputs[0]}", file=sys.stderr)
             failed += 1
@@ -140,7 +140,14 @@ def run(args: argparse.Namespace) -> int:
         for (source, model), x in zip(models.items(), inputs):
             seen[source].append(see(model, x, args.layers))
         _, H, W = inputs[0].shape
-        photos.append({"name": path.name, "width": W, "height": H, "image": encode_image(inputs[0])})
+        photos.append(
+            {
+                "name": path.name,
+                "width": W,
+                "height": H,
+                "image": encode_image(inputs[0], next(iter(models.values())).transform),
+            }
+        )
     if not photos:
         return 1
 

@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
     model = dinoreg.load(args.model, args.layers, dtype=getattr(torch, args.dtype))
     is_classifier = isinstance(model, dinoreg.LinearClassifier)
     backbone = model.backbone if is_classifier else model
-    size = args.size or backbone.config.crop_size
-    backbone.fix_image_size(size, size)
-    images = torch.randn(args.batch_size, backbone.config.in_chans, size, size)
+    H, W = common.set_size(backbone, args.size)
+    backbone.fix_image_size(H, W)
+    images = torch.randn(args.batch_size, backbone.config.in_chans, H, W)
     function = model if is_classifier else Embedding(model)
     expected = function(images).float()
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.output.parent}: no such folder")
     model = dinoreg.load(args.model, args.layers)
     backbone = model.backbone if isinstance(model, dinoreg.LinearClassifier) else model
-    H, W = args.size * 2 if len(args.size) == 1 else args.size or [backbone.config.crop_size] * 2
+    H, W = args.size * 2 if len(args.size) == 1 else args.size or common.set_size(backbone, None)
     images = torch.randn(2, backbone.config.in_chans, H, W)
     backbone.fix_image_size(H, W)
     with torch.inference_mode():

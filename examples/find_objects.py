@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     images, failed = dinoreg.find_images(args.images), 0
     for image, path in zip(tqdm(images, unit="image"), common.name_pictures(images, args.output, "object")):
         try:
-            x = dinoreg.preprocess(image, args.size, keep_aspect=True, patch_size=model.patch_size)
+            x = dinoreg.preprocess(image, args.size, True, model.patch_size, transform=model.transform)
             photo = dinoreg.to_rgb(Image.open(image))
         except (OSError, ValueError) as error:
             tqdm.write(f"find_objects: {image}: {common.reason(error)}", file=sys.stderr)

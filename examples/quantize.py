@@ -27,8 +27,8 @@ MIN_COSINE = 0.99
 
 def run(args: argparse.Namespace) -> int:
     model = common.load_backbone(args.model)
-    size = args.size or model.config.crop_size
-    inputs = {path: common.read_image(path, size) for path in dinoreg.find_images(args.images)}
+    H, W = common.set_size(model, args.size)
+    inputs = {path: common.read_image(path, transform=model.transform) for path in dinoreg.find_images(args.images)}
     for path, x in inputs.items():
         if isinstance(x, str):
             print(f"quantize: {path}: {x}", file=sys.stderr)
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if not readable:
         return 1
     images = torch.stack(readable)
-    model.fix_image_size(size, size)
+    model.fix_image_size(H, W)
     int8 = copy.deepcopy(model)
     quantize_(int8, Int8DynamicActivationInt8WeightConfig())
     compiled = [torch.compile(version.embed) for version in (model, int8)]

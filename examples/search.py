@@ -12,7 +12,6 @@ the model that it was run with.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -57,14 +56,14 @@ def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[T
     """For each image file in order: its normalised CLS token (D,), float16, or the reason why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
-        image = common.read_image(path, model.config.crop_size, normalized=False)
+        image = common.read_image(path, normalized=False, transform=model.transform)
         return f"{path}: {image}" if isinstance(image, str) else image
 
     def embed_batch(images: list[Tensor]) -> Tensor:
         features = model.embed(torch.stack(images).to(model.pos_embed.device))  # (B, D)
         return F.normalize(features, dim=1).half().cpu()
 
-    return common.compute(embed_batch, read, paths)
+    return common.compute(embed_batch, read, paths, model.transform)
 
 
 def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
@@ -90,7 +89,7 @@ def draw(path: Path, images: list[Path], captions: list[str]) -> None:
     figure = Figure(figsize=(2.1 * columns, 2.45 * rows), dpi=150, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, image, caption in zip(axes, images, captions):
-        axis.imshow(common.to_pixels(dinoreg.preprocess(image, THUMBNAIL)).numpy())
+        axis.imshow(common.to_pixels(dinoreg.preprocess(image, THUMBNAIL), dinoreg.Transform()).numpy())
         axis.set_xlabel(caption, fontsize=9, color="0.2", parse_math=False)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(image is images[0])
@@ -143,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     model = common.load_backbone(args.model, args.device)
     if is_corpus:
         names, features, size = read_corpus(args.folder, args.model)
-        model.config = dataclasses.replace(model.config, crop_size=size)
+        common.set_size(model, size)
     if args.query:
         (query,) = embed(model, [args.query])  # first, since it may not be an image
         if isinstance(query, str):

@@ -13,7 +13,6 @@ overlapping tiles and their logits are averaged, so that the memory of a forward
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -92,9 +91,8 @@ class Segmenter(nn.Module):
 
 
 def save(model: Segmenter, path: Path) -> None:
-    config = dataclasses.asdict(model.backbone.config)
-    values = {"config": config, "classes": model.classes, "layers": model.layers}
-    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in values.items()}
+    metadata = dinoreg.write_metadata(model.backbone.config, model.backbone.transform, None)
+    metadata |= {"classes": json.dumps(model.classes), "layers": json.dumps(model.layers)}
     dinoreg.write_tensors(model.state_dict(), path, metadata)
 
 
@@ -104,11 +102,11 @@ def load(path: Path, device: str) -> Segmenter:
     if "classes" not in metadata:
         raise ValueError(f"{path}: not a segmenter; examples/train_segmenter.py writes one")
     try:
-        fields, classes, layers = (json.loads(metadata[key]) for key in ("config", "classes", "layers"))
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        classes, layers = (json.loads(metadata[key]) for key in ("classes", "layers"))
+        config, transform, _ = dinoreg.read_metadata(metadata)
         prefix = "backbone."
         backbone = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
-        backbone = dinoreg.from_state_dict(backbone, dinoreg.Config(**fields))
+        backbone = dinoreg.from_state_dict(backbone, config, transform=transform)
         if layers not in range(1, backbone.n_blocks + 1):
             raise ValueError(f"{layers} layers of {backbone.n_blocks}")
         model = Segmenter(backbone, {name: tuple(bytes(colour)) for name, colour in classes.items()}, layers)
@@ -131,7 +129,7 @@ def by_example(
 
     known, shares, device = [], [], backbone.pos_embed.device
     for photo, mask in examples:
-        x = dinoreg.preprocess(photo, size, keep_aspect=True, patch_size=backbone.patch_size).to(device)
+        x = dinoreg.preprocess(photo, size, True, backbone.patch_size, transform=backbone.transform).to(device)
         tokens = run_tiles(features, x, tile, backbone)  # (h, w, D)
         pixels = torch.from_numpy(mask)[None]
         share = [F.adaptive_avg_pool2d((pixels == i).float(), tokens.shape[:2]) for i in range(K)]
@@ -178,8 +176,8 @@ def run(args: argparse.Namespace) -> int:
     views = []
     if args.weights:
         segment = load(args.weights, args.device)
-        backbone, classes, size = segment.backbone, segment.classes, args.size or segment.backbone.config.crop_size
-        common.set_stride(backbone, args.stride)
+        backbone, classes = common.set_stride(segment.backbone, args.stride), segment.classes
+        size = args.size or common.set_size(backbone, None)[0]
     else:
         backbone, size = common.load_backbone(args.model, args.device, args.stride), args.size or 518
         classes = masks.read_classes(args.classes) if args.classes else None
@@ -203,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
     names = (common.name_pictures(images, args.output, kind) for kind in ("segments", "mask"))
     for image, picture_path, mask_path in zip(tqdm(images, unit="image"), *names):
         try:
-            x = dinoreg.preprocess(image, size, keep_aspect=True, patch_size=P)
+            x = dinoreg.preprocess(image, size, True, P, transform=backbone.transform)
             photo = dinoreg.to_rgb(Image.open(image))
             truth = masks.read_mask(args.truth / f"{image.stem}.png", image, classes, args.ignore) if args.truth else None
         except (OSError, ValueError) as error:

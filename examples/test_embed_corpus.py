@@ -27,7 +27,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 HERE = Path(__file__).parent
 # Large enough for 2,000 images to take some seconds.
-CONFIG = dinoreg.Config(embed_dim=128, depth=8, num_heads=4, patch_size=8, image_size=64, crop_size=64)
+CONFIG = dinoreg.Config(embed_dim=128, depth=8, num_heads=4, patch_size=8, image_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,9 @@ def read(folder):
 
 def save_model(path, seed=0):
     torch.manual_seed(seed)
-    dinoreg.save(dinoreg.DinoVisionTransformer(CONFIG), path)
+    model = dinoreg.DinoVisionTransformer(CONFIG)
+    model.transform = dinoreg.Transform().at_size(64)
+    dinoreg.save(model, path)
     return path
 
 
@@ -285,9 +287,12 @@ def test_says_what_is_wrong_in_a_line(module, tmp_path, monkeypatch, capsys):
 def test_a_batch_may_have_no_image(module, tmp_path, monkeypatch):
     monkeypatch.setattr(module.ray, "get", lambda model: model)
     model = dinoreg.DinoVisionTransformer(CONFIG).eval()
+    model.transform = dinoreg.Transform().at_size(16)
     model.fix_image_size(16, 16)
     (tmp_path / "bad.png").write_text("no image")
-    rows = module.preprocess(pa.table({"path": [str(tmp_path / "bad.png"), str(tmp_path / "gone.png")]}), 16)
+    rows = module.preprocess(
+        pa.table({"path": [str(tmp_path / "bad.png"), str(tmp_path / "gone.png")]}), dinoreg.Transform().at_size(16)
+    )
     for tokens in ("cls", "patches"):
         found = module.Embedder(model, "cpu", "float32", tokens, 1)(rows).to_pydict()
         assert found.pop("path") and found.pop("error") == ["cannot identify image file", "No such file or directory"]

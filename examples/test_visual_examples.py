@@ -25,7 +25,7 @@ SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.p
 no_weights = "the ViT-S/14 fine-tuned for saliency is not here"
 needs_saliency_weights = pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason=no_weights)
 
-TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20, crop_size=16)
+TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20)
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
 
 sys.path.insert(0, str(EXAMPLES))
@@ -38,6 +38,7 @@ import common  # noqa: E402
 def random_model(config: Config) -> DinoVisionTransformer:
     torch.manual_seed(0)
     model = DinoVisionTransformer(config)
+    model.transform = dinoreg.Transform().at_size(16)
     with torch.no_grad():
         for parameter in model.parameters():
             spread = parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.3
@@ -110,7 +111,7 @@ def test_colours_of_degenerate_images():
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN])
 def test_maps_are_those_of_the_model(config):
     model, photo = random_model(config), random_photo(24, 16)
-    x = preprocess(photo, (24 * 16) ** 0.5, keep_aspect=True, patch_size=4)
+    x = preprocess(photo, None, True, 4, transform=dinoreg.Transform(resize=(16, 24), crop=None))
     maps = visualize.see(model, x)
     registers = [f"attention of register {i}" for i in range(1, config.num_register_tokens + 1)]
     assert list(maps) == ["image", "principal components", "norm", "attention of CLS", *registers]
@@ -186,6 +187,20 @@ def test_foreground_of_the_cup():
     assert foreground[5:18, 8:20].float().mean() > 0.95
     assert foreground[:, :3].float().mean() < 0.05 and foreground[:, -5:].float().mean() < 0.05
     assert maps["norm"].max() < common.OUTLIER * maps["norm"].median()
+
+
+@pytest.mark.parametrize("script", ["visualize", "find_objects", "explore"])
+def test_a_stride_makes_the_grid_denser(tmp_path, script):
+    model, x = common.set_stride(random_model(TINY), 2), torch.randn(3, 12, 20)
+    assert visualize.see(model, x)["norm"].shape == (5, 9)
+    assert find_objects.last_attention(model, x)["keys"].shape == (45, 32)
+    dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
+    random_photo(40, 24).save(tmp_path / "photo.png")
+    args = [tmp_path / "photo.png", "--model", tmp_path / "tiny.safetensors", "--size", 20]
+    output = tmp_path / "page.html" if script == "explore" else tmp_path
+    assert run(f"{script}.py", *args, "--stride", 2, "--output", output).returncode == 0
+    result = run(f"{script}.py", *args, "--stride", 3, "--output", output)
+    assert result.returncode == 2 and "--stride must be a divisor of the patch size, 4, got 3" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

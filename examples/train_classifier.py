@@ -60,16 +60,18 @@ def split(names: list[str], classes: Tensor) -> Tensor:
     return held_out
 
 
-def apply(function: Callable[[Tensor], Tensor], paths: list[Path], size: int, device: str) -> list[Tensor | str]:
-    """What a function of images (B, 3, size, size) gives for each file, on the CPU; or why it could not be read."""
+def apply(
+    function: Callable[[Tensor], Tensor], paths: list[Path], transform: dinoreg.Transform, device: str
+) -> list[Tensor | str]:
+    """What a function of images (B, 3, H, W) gives for each file, on the CPU; or why it could not be read."""
 
     def read(path: Path) -> Tensor | str:
-        return common.read_image(path, size, normalized=False)
+        return common.read_image(path, normalized=False, transform=transform)
 
     def apply_batch(images: list[Tensor]) -> Tensor:
         return function(torch.stack(images).to(device)).float().cpu()
 
-    return list(tqdm(common.compute(apply_batch, read, paths), total=len(paths), unit="image"))
+    return list(tqdm(common.compute(apply_batch, read, paths, transform), total=len(paths), unit="image"))
 
 
 def cached_features(
@@ -85,7 +87,7 @@ def cached_features(
         if metadata["key"] == key:
             print(f"{len(tensors['features'])} features from {cache}")
             return tensors["features"].clone(), json.loads(metadata["unreadable"])
-    results = apply(model.linear_input, paths, size, device)
+    results = apply(model.linear_input, paths, model.transform, device)
     readable = [x for x in results if isinstance(x, Tensor)]
     unreadable = {str(path): x for path, x in zip(paths, results) if isinstance(x, str)}
     features = torch.stack(readable) if readable else torch.empty(0, model.linear_head.in_features)
@@ -147,10 +149,13 @@ def parameter_groups(model: dinoreg.LinearClassifier, lr: float, decay: float = 
     return list(groups.values())
 
 
-def random_crop(path: Path, numbers: Tensor, size: int, flip: bool) -> Tensor:
+OFFICIAL = dinoreg.Transform()
+
+
+def random_crop(path: Path, numbers: Tensor, size: int, flip: bool, transform: dinoreg.Transform = OFFICIAL) -> Tensor:
     """A crop (3, size, size) of 35 to 100 % of an image, of aspect ratio 3:4 to 4:3, determined by five random numbers in
     [0, 1); flipped horizontally half of the time if flip."""
-    x = dinoreg.preprocess(path, size * 3 // 2, keep_aspect=True, patch_size=1)
+    x = dinoreg.preprocess(path, size * 3 // 2, True, 1, transform=transform)
     area, shape, top, left, mirror = numbers.tolist()
     H, W = x.shape[1:]
     side, stretch = math.sqrt((0.35 + 0.65 * area) * H * W), (4 / 3) ** (shape - 0.5)
@@ -176,7 +181,7 @@ def finetune(
     bar = tqdm(total=epochs * steps, unit="step")
     order = [batch for _ in range(epochs) for batch in torch.randperm(len(paths)).split(BATCH)]
     items = ([(paths[i], torch.rand(5)) for i in batch] for batch in order)  # drawn here, as threads would draw in any order
-    for batch, images in zip(order, common.read_ahead(lambda item: random_crop(*item, size, flip), items)):
+    for batch, images in zip(order, common.read_ahead(lambda item: random_crop(*item, size, flip, model.transform), items)):
         x, y = torch.stack(images).to(device), classes[batch].to(device)
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
             logits = model(x)
@@ -206,16 +211,18 @@ def load_model(args: argparse.Namespace, num_classes: int) -> dinoreg.LinearClas
     """A trained backbone for images of --size pixels, with a new head."""
     backbone = dinoreg.load(args.model)
     backbone = getattr(backbone, "backbone", backbone)  # of a classifier
-    size = args.size or backbone.config.crop_size
-    if size < 1 or size % backbone.patch_size:
-        raise ValueError(f"--size must be a multiple of {backbone.patch_size}, got {size}")
+    if args.size is not None and (args.size < 1 or args.size % backbone.patch_size):
+        raise ValueError(f"--size must be a multiple of {backbone.patch_size}, got {args.size}")
+    H, W = common.set_size(backbone, args.size)
+    if H != W:
+        raise ValueError(f"--model makes images of {H} x {W} pixels, this needs square ones: give --size")
     if args.layers > backbone.n_blocks:
         raise ValueError(f"--layers must be at most {backbone.n_blocks}, got {args.layers}")
-    backbone.config = dataclasses.replace(backbone.config, crop_size=size)
     if args.finetune:
-        trained = backbone.state_dict()
+        trained, transform = backbone.state_dict(), backbone.transform
         backbone = dinoreg.DinoVisionTransformer(dataclasses.replace(backbone.config, drop_path_rate=0.1))
         backbone.load_state_dict(trained)
+        backbone.transform = transform
     return dinoreg.LinearClassifier(backbone, num_classes, args.layers).eval()
 
 
@@ -229,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{path}: must be a .safetensors file in a folder that can be written to")
     device = args.device
     model = load_model(args, len(names)).to(device)
-    D, size = model.backbone.embed_dim, model.backbone.config.crop_size
+    D, size = model.backbone.embed_dim, model.transform.size[0]
 
     features, unreadable = cached_features(model, args.model, paths, size, device, cache)
     for path, reason in unreadable.items():
@@ -253,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     report(f"linear head, learning rate {rate:g}", names, test_y, predicted)
     if args.finetune:
         finetune(model, train_paths, y, size, args.epochs, not args.no_flip, device)
-        predicted = torch.stack(apply(model, test_paths, size, device)).argmax(dim=1)
+        predicted = torch.stack(apply(model, test_paths, model.transform, device)).argmax(dim=1)
         report(f"fine-tuned, {args.epochs} epochs", names, test_y, predicted)
     dinoreg.save(model, args.output, names)
     print(f"{args.output} written: python -m dinoreg IMAGE --weights {args.output}")

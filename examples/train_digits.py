@@ -29,13 +29,13 @@ HERE = Path(__file__).parent
 CELL = 168  # pixels, of the place of a digit in a scene
 COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SIZE = 28  # pixels: the side of a digit
 CONFIG = dinoreg.Config(
     embed_dim=96,
     depth=3,
     num_heads=3,
     patch_size=4,
     image_size=28,
-    crop_size=28,
     num_register_tokens=4,
     drop_path_rate=0.1,
 )
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if args.scenes:
         write_scenes(args.scenes, images, digits.tolist())
         return 0
-    x = torch.stack([dinoreg.preprocess(image, CONFIG.crop_size) for image in images])
+    x = torch.stack([dinoreg.preprocess(image, SIZE) for image in images])
     train_x, train_digits = x[:4000], digits[:4000]
     held_out_x, held_out_digits = x[4000:].to(args.device), digits[4000:].to(args.device)
     if args.images:
@@ -154,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
             schedule.step()
         bar.set_postfix_str(f"loss {loss:.3f}, held-out accuracy {accuracy(model, held_out_x, held_out_digits):.1%}")
 
+    model.backbone.transform = dinoreg.Transform().at_size(SIZE)
     dinoreg.save(model, args.output, LABELS)
     print(f"{args.output}: {accuracy(model, held_out_x, held_out_digits):.1%} accuracy on 1,000 held-out digits")
     return 0

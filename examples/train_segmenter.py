@@ -17,7 +17,6 @@ are compared with theirs at full resolution.
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
@@ -77,18 +76,18 @@ def cache_features(
 
     Only what the folder does not hold is computed.
     """
-    size, device = backbone.config.crop_size, backbone.pos_embed.device
+    size, device = backbone.transform.size[0], backbone.pos_embed.device
     files = {photo: folder / f"{common.feature_key(name, layers, size, [photo])}.safetensors" for photo in photos}
     new, errors = [photo for photo in photos if not files[photo].exists()], []
     folder.mkdir(exist_ok=True)
 
     def read(photo: Path) -> Tensor | str:
-        return common.read_image(photo, size, True, backbone.patch_size, normalized=False)
+        return common.read_image(photo, size, True, backbone.patch_size, False, False, backbone.transform)
 
     def compute(images: list[Tensor]) -> list[Tensor]:
         return [patch_features(backbone, x[None].to(device), layers)[0].half().cpu() for x in images]
 
-    features = common.compute(compute, read, new)
+    features = common.compute(compute, read, new, backbone.transform)
     for photo, result in zip(new, tqdm(features, total=len(new), unit="image", disable=not new)):
         if isinstance(result, str):
             errors.append(f"{photo}: {result}")
@@ -163,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--size must be at least {backbone.patch_size}, the side of a patch, got {args.size}")
     if args.layers > backbone.n_blocks:
         raise ValueError(f"--layers must be at most {backbone.n_blocks}, got {args.layers}")
-    backbone.config = dataclasses.replace(backbone.config, crop_size=args.size)  # the size that segment.py resizes to
+    common.set_size(backbone, args.size)  # the size that segment.py resizes to
 
     classes = read_classes(args.classes) if args.classes else None
     pairs, errors, count = find_pairs(args.images, args.masks, classes, args.ignore)

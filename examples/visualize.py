@@ -38,7 +38,7 @@ def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
     attention = model.attention_maps(batch)[0].mean(dim=0).cpu()  # (1 + R, h, w)
     names = ["CLS", *(f"register {i + 1}" for i in range(model.num_register_tokens))]
     return {
-        "image": common.to_pixels(x),
+        "image": common.to_pixels(x, model.transform),
         "principal components": colour(patches, find_foreground(patches, h, w)),
         "norm": tokens.norm(dim=1).unflatten(0, (h, w)),
         **{f"attention of {name}": attention[i] for i, name in enumerate(names)},
@@ -77,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
     images, failed = dinoreg.find_images(args.images), 0
     norms: dict[str, list[Tensor]] = {source: [] for source in models}
     for image, picture in zip(tqdm(images, unit="image"), common.name_pictures(images, args.output, "features")):
-        inputs = [common.read_image(image, args.size, True, model.patch_size) for model in models.values()]
+        inputs = [
+            common.read_image(image, args.size, True, model.patch_size, transform=model.transform)
+            for model in models.values()
+        ]
         if isinstance(inputs[0], str):
             tqdm.write(f"visualize: {image}: {inputs[0]}", file=sys.stderr)
             failed += 1
