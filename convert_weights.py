@@ -489,13 +489,11 @@ def find_files(folder: Path) -> list[Path]:
                 raise FileNotFoundError(f"{folder}: only {len(files)} of the {int(count[1])} files {pattern}")
             return files
     files = [file for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt") for file in sorted(folder.glob(pattern))]
-    if len(files) != 1:
-        found = (
-            f"several files of weights, name one: {', '.join(file.name for file in files)}"
-            if files
-            else "no file of weights"
-        )
-        raise FileNotFoundError(f"{folder}: neither *.safetensors nor pytorch_model*.bin of a model in this folder, {found}")
+    if not files:
+        raise FileNotFoundError(f"{folder}: neither *.safetensors nor pytorch_model*.bin in this folder")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise FileNotFoundError(f"{folder}: several files of weights, name one: {names}")
     return files
 
 

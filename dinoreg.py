@@ -405,10 +405,10 @@ class DinoVisionTransformer(nn.Module):
 
     def image_grid(self, x: Tensor) -> tuple[int, int]:
         """The grid (h, w) of patches of images (B, C, H, W). Raises a ValueError for any other input."""
-        C = getattr(self.patch_embed.proj, "in_channels", self.config.in_chans)
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != C or not x.is_floating_point():
+        C = getattr(getattr(self.patch_embed, "proj", None), "in_channels", None)  # None: of another module in its place
+        if not isinstance(x, Tensor) or x.ndim != 4 or C not in (None, x.shape[1]) or not x.is_floating_point():
             found = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(f"images must be a floating-point tensor (B, {C}, H, W), got {found}")
+            raise ValueError(f"images must be a floating-point tensor (B, {C or 'C'}, H, W), got {found}")
         return self.to_grid(*x.shape[2:])
 
     def to_grid(self, H: int, W: int) -> tuple[int, int]:
@@ -417,7 +417,7 @@ class DinoVisionTransformer(nn.Module):
         if H % P or W % P or H == 0 or W == 0:
             nearest = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
             raise ValueError(f"image sides must be multiples of {P} pixels, got {H} x {W}; the nearest is {nearest}")
-        stride = getattr(self.patch_embed.proj, "stride", (P, P))
+        stride = getattr(getattr(self.patch_embed, "proj", None), "stride", (P, P))
         return (H - P) // stride[0] + 1, (W - P) // stride[1] + 1
 
     @torch.no_grad()
@@ -734,7 +734,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB: upright, on white where it is transparent."""
     read_as_8_bits = ";16" in str(getattr(image, "tile", ""))  # colours of 16 bits in a PNG file, by Pillow
     tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # PlanarConfiguration, BitsPerSample
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and max(tags.get(258, (8,))) > 8:  # planes, channels, bits
         raise ValueError(
             "a TIFF file of separate planes with more than 8 bits, which Pillow misreads: interleave its channels"
         )
