@@ -2978,6 +2978,12 @@ def test_benchmark_of_the_forward(torch_home_with_hub):
         assert float(milliseconds) * float(ratio) > 0
 
 
+def test_benchmark_of_lists():
+    header, _, *rows = run_benchmark("lists", "--models", "vits14_reg", "--seconds", "0")
+    assert header == ["model", "images", "packed", "one by one", "padded"] and len(rows) == 3
+    assert all(row[2].endswith("(1.00)") and float(row[3].split()[0]) > 0 for row in rows)
+
+
 def test_benchmark_of_engines():
     options = ["--models", "vits14_reg", "--pixels", "28", "--batches", "2", "--seconds", "0"]
     header, _, row = run_benchmark("engines", *options)
