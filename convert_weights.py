@@ -142,8 +142,8 @@ def to_official(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """A checkpoint of any dialect as (backbone, head or {}, dialect), with official names.
 
-    Of several backbones, prefix names the one to take. What timm's no_embed_class is for the model, if the shapes do not
-    tell. Tensors beside the backbone are left out, and said. Raises a ValueError that names a tensor unknown to the dialect.
+    prefix selects one of several backbones. no_embed_class is timm's argument of that name; None infers it from the shapes.
+    Tensors beside the backbone are left out and reported. Raises a ValueError that names a tensor unknown to the dialect.
     """
     beside = flatten(checkpoint)
     prefix = find_backbone(beside, prefix)
@@ -232,7 +232,7 @@ def from_official(model: DinoVisionTransformer | LinearClassifier, dialect: str)
     model, config, tensors = dinoreg.describe_model(model)
     if config.grid[0] != config.grid[1]:
         raise ValueError(
-            "a position embedding of {} x {} patches; only dinoreg's own files keep one that is no square".format(
+            "a position embedding of {} x {} patches; only dinoreg's own files can hold one that is not square".format(
                 *config.grid
             )
         )
@@ -331,43 +331,11 @@ def hf_size(size: int | tuple[int, int]) -> dict[str, int]:
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# What an image processor does where its file is silent: whether an integer size is that of a square, and the rest.
-PROCESSORS = {
-    "Bit": (
-        False,
-        {
-            "size": 224,
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": 224,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-        },
-    ),
-    "CLIP": (
-        False,
-        {
-            "size": 224,
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": 224,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-        },
-    ),
-    "ViT": (True, {"size": 224, "resample": 2, "do_center_crop": False, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}),
-    "DeiT": (
-        True,
-        {
-            "size": 256,
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": 224,
-            "image_mean": dinoreg.IMAGENET_MEAN,
-            "image_std": dinoreg.IMAGENET_STD,
-        },
-    ),
-}
+# The defaults of Hugging Face's image processors; the first value says whether an integer size is the side of a square.
+BIT = {"size": 224, "resample": 3, "do_center_crop": True, "crop_size": 224, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+VIT = {"size": 224, "resample": 2, "do_center_crop": False, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+DEIT = BIT | {"size": 256, "image_mean": dinoreg.IMAGENET_MEAN, "image_std": dinoreg.IMAGENET_STD}
+PROCESSORS = {"Bit": (False, BIT), "CLIP": (False, BIT), "ViT": (True, VIT), "DeiT": (True, DEIT)}
 
 
 def transform_from_hf(described: dict) -> Transform:
@@ -377,32 +345,34 @@ def transform_from_hf(described: dict) -> Transform:
     if family not in PROCESSORS:
         raise ValueError(f"preprocessor_config.json: {kind} is not supported; known are {', '.join(PROCESSORS)}")
     square, defaults = PROCESSORS[family]
-    told = defaults | {key: value for key, value in described.items() if value is not None}
+    values = defaults | {key: value for key, value in described.items() if value is not None}
     if family == "ViT":
-        told["do_center_crop"] = False  # it has no such step, whatever the file says
+        values["do_center_crop"] = False  # it has no such step, whatever the file says
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    for key, value in told.items():
+    for key, value in values.items():
         unknown = key.startswith("do_") and value and key not in steps
         needed = key in ("do_resize", "do_rescale") and not value
         factor = key == "rescale_factor" and abs(value * 255 - 1) > 1e-6
         other = key in ("crop_pct", "size_divisor", "offset", "pad_size") and value
         if unknown or needed or factor or other:
             raise ValueError(f"preprocessor_config.json: {key} = {json.dumps(value)} is not supported")
-    size, crop = told["size"], told.get("crop_size", 0)
+    size, crop = values["size"], values.get("crop_size", 0)
     if isinstance(size, int):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
     if set(size) not in ({"height", "width"}, {"shortest_edge"}):
         raise ValueError(f"preprocessor_config.json: size = {json.dumps(size)} is not supported")
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if told["resample"] not in RESAMPLING:
-        raise ValueError(f"preprocessor_config.json: resample = {told['resample']} is not supported; known are {RESAMPLING}")
-    normal = told.get("do_normalize", True)
+    if values["resample"] not in RESAMPLING:
+        raise ValueError(
+            f"preprocessor_config.json: resample = {values['resample']} is not supported; known are {RESAMPLING}"
+        )
+    normal = values.get("do_normalize", True)
     return Transform(
         resize=size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"]),
-        crop=(crop["height"], crop["width"]) if told["do_center_crop"] else None,
-        resampling=RESAMPLING[told["resample"]],
-        mean=tuple(told["image_mean"]) if normal else (0.0, 0.0, 0.0),
-        std=tuple(told["image_std"]) if normal else (1.0, 1.0, 1.0),
+        crop=(crop["height"], crop["width"]) if values["do_center_crop"] else None,
+        resampling=RESAMPLING[values["resample"]],
+        mean=tuple(values["image_mean"]) if normal else (0.0, 0.0, 0.0),
+        std=tuple(values["image_std"]) if normal else (1.0, 1.0, 1.0),
     )
 
 
@@ -436,7 +406,7 @@ TIMM_HEADS = {
 
 
 def check_described(described: dict) -> None:
-    """Raises a ValueError for what a config.json says that would change the numbers, and that this model does not have."""
+    """Raise a ValueError for a setting in config.json that changes the outputs and is not supported here."""
     arguments = described.get("model_args", {})
     fixed = {
         "hidden_act": "gelu",

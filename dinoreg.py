@@ -1037,7 +1037,8 @@ def describe_model(model: nn.Module) -> tuple[DinoVisionTransformer | LinearClas
         raise ValueError(f"the model was edited, and cannot be saved as it is: {error}") from None
     for (name, ours), (_, theirs) in zip(named_parts(model), named_parts(rebuilt)):
         if type(ours) is not type(theirs) or getattr(ours, "stride", None) != getattr(theirs, "stride", None):
-            raise ValueError(f"the model was edited, and cannot be saved as it is: {name} is {ours}, not {theirs}")
+            found, expected = (str(module).partition("\n")[0] for module in (ours, theirs))
+            raise ValueError(f"the model was edited, and cannot be saved as it is: {name} is {found}, not {expected}")
     return model, config, tensors
 
 

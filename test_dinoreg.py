@@ -1023,9 +1023,28 @@ def add_lora(model):
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2), model)
 
 
+class OtherBlock(dinoreg.Block):
+    """With the same tensors, and other outputs."""
+
+
+def replace_block(model):
+    model.blocks[1].__class__ = OtherBlock
+
+
 @pytest.mark.parametrize(
     "edit",
-    [prune, normalise_weight, wrap_layer, other_activation, set_stride, add_head, add_lora, wrap_attention, wrap_block],
+    [
+        replace_block,
+        prune,
+        normalise_weight,
+        wrap_layer,
+        other_activation,
+        set_stride,
+        add_head,
+        add_lora,
+        wrap_attention,
+        wrap_block,
+    ],
 )
 def test_save_refuses_what_would_not_load(edit, tmp_path):
     model = randomised(TINY)

@@ -25,7 +25,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_stride(parser: argparse.ArgumentParser) -> None:
-    rule = "distance of patches, a divisor of the patch size: 7 gives a grid twice as dense (default: the patch size)"
+    rule = "distance between patches, a divisor of the patch size: 7 gives a grid twice as dense (default: the patch size)"
     parser.add_argument("--stride", type=int, metavar="PIXELS", help=rule)
 
 
