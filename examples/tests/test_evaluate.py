@@ -1,4 +1,4 @@
-"""Tests of examples/evaluate.py: `python -m pytest examples/test_evaluate.py`."""
+"""Tests of examples/evaluate.py: `python -m pytest examples/tests/test_evaluate.py`."""
 
 import re
 import shutil
@@ -13,12 +13,11 @@ import dinoreg
 
 pytest.importorskip("tqdm")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 DIGITS = HERE / "digits.safetensors"
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
-sys.path.insert(0, str(HERE))
-import evaluate  # noqa: E402
+import evaluate
 
 
 @pytest.fixture

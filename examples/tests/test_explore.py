@@ -1,7 +1,7 @@
 """Tests of examples/explore.py in a headless Chromium.
 
     pip install -e ".[browser,examples,test]"
-    python -m pytest examples/test_explore.py
+    python -m pytest examples/tests/test_explore.py
 
 Those of the page are skipped without Debian's chromium and chromium-driver.
 """
@@ -23,14 +23,12 @@ from dinoreg import Config, DinoVisionTransformer
 
 webdriver = pytest.importorskip("selenium.webdriver")
 pytest.importorskip("tqdm")
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import explore  # noqa: E402
-
-import common  # noqa: E402
+HERE = Path(__file__).parents[1]
+import common
+import explore
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")

@@ -25,7 +25,7 @@ pa = pytest.importorskip("pyarrow")
 ds = pytest.importorskip("pyarrow.dataset")
 pq = pytest.importorskip("pyarrow.parquet")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 # Large enough for 2,000 images to take some seconds.
 CONFIG = dinoreg.Config(embed_dim=128, depth=8, num_heads=4, patch_size=8, image_size=64)
 
