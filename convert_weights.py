@@ -71,7 +71,7 @@ def rename(tensors: dict[str, Tensor], source: str, target: str) -> dict[str, Te
             )
             if found := [key for key in old if key in tensors]:
                 if found != old:
-                    raise ValueError(f"{min(set(old) - set(found))}: found none, beside {found[0]}")
+                    raise ValueError(f"{min(set(old) - set(found))} is missing; there is {found[0]}")
                 parts = [tensors.pop(key) for key in old]
                 renamed |= zip(new, parts if len(new) == len(old) else torch.cat(parts).chunk(len(new)))
     if tensors:
@@ -119,7 +119,7 @@ def find_backbone(tensors: dict[str, Tensor], wanted: str | None) -> str:
     """The prefix of the names of the backbone's tensors. Raises a ValueError unless there is one that is to be taken."""
     prefixes = sorted({PATCHES.sub("", key) for key in tensors if PATCHES.search(key)})
     if not prefixes:
-        raise ValueError(f"{min(tensors, default='no tensor')}: this is no DINOv2, which has a patch_embed.proj.weight")
+        raise ValueError(f"no DINOv2: patch_embed.proj.weight is missing; the first tensor is {min(tensors, default=None)}")
     if wanted is not None:
         if wanted not in prefixes:
             raise ValueError(f"no backbone has the prefix {wanted!r}; there are {', '.join(map(repr, prefixes))}")

@@ -671,7 +671,6 @@ def preprocess(
     All PIL modes are accepted; the EXIF orientation is applied. Raises OSError or ValueError if decoding fails.
     """
     transform = transform if size is None else transform.at_size(size)
-    resampling = Image.Resampling[transform.resampling.upper()]
     try:
         if isinstance(image, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(image).st_mode):
             raise ValueError("a pipe, not a file")  # opening it could block forever
@@ -691,17 +690,15 @@ def preprocess(
         side = transform.resize if isinstance(transform.resize, int) else 0
         scale = math.sqrt(math.prod(transform.size or (side, side))) / math.sqrt(image.width * image.height) / patch_size
         width, height = (max(1, round(side * scale)) * patch_size for side in image.size)
-        image = image.resize((width, height), resampling)
+    elif isinstance(transform.resize, int):
+        width, height = (transform.resize * side // min(image.size) for side in image.size)
     else:
-        if isinstance(transform.resize, int):
-            width, height = (transform.resize * side // min(image.size) for side in image.size)
-        else:
-            height, width = transform.resize
-        image = image.resize((width, height), resampling)
-        if transform.crop:
-            H, W = transform.crop
-            left, top = round((width - W) / 2), round((height - H) / 2)
-            image = image.crop((left, top, left + W, top + H))
+        height, width = transform.resize
+    image = image.resize((width, height), Image.Resampling[transform.resampling.upper()])
+    if transform.crop and not keep_aspect:
+        H, W = transform.crop
+        left, top = round((width - W) / 2), round((height - H) / 2)
+        image = image.crop((left, top, left + W, top + H))
     # Transposed by NumPy: in a worker thread, PyTorch would start a team of OpenMP threads beside the model's.
     pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W), uint8
     return normalize(pixels, transform) if normalized else pixels
@@ -798,7 +795,14 @@ def load(
     Raises OSError if a file is missing or cannot be downloaded, ValueError if its contents are not such a model.
     """
     name = str(name_or_path).removeprefix("dinov2_")
-    model = load_official(name, layers) if name.removesuffix("_lc") in CONFIGS else load_file(name_or_path)
+    if name.removesuffix("_lc") in CONFIGS:
+        return load_official(name, layers).to(device, dtype)
+    tensors, metadata = read_tensors(name_or_path)
+    try:
+        config, transform, labels = read_metadata(metadata)
+        model = from_state_dict(tensors, config, labels, transform)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name_or_path}: {error}") from None
     return model.to(device, dtype)
 
 
@@ -816,15 +820,6 @@ def load_official(name: str, layers: int) -> DinoVisionTransformer | LinearClass
         return from_state_dict(tensors, CONFIGS[arch])
     except ValueError as error:
         raise ValueError(f"{path}: {error}; delete the file to download it again") from None
-
-
-def load_file(path: str | os.PathLike) -> DinoVisionTransformer | LinearClassifier:
-    tensors, metadata = read_tensors(path)
-    try:
-        config, transform, labels = read_metadata(metadata)
-        return from_state_dict(tensors, config, labels, transform)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def read_metadata(metadata: dict[str, str]) -> tuple[Config | None, "Transform", list[str] | None]:
@@ -873,7 +868,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     Raises FileNotFoundError, or ValueError if the file is no checkpoint.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file, and no model of this name (the backbones: {', '.join(CONFIGS)})")
+        names = ", ".join(CONFIGS)
+        raise FileNotFoundError(f"{path}: no such file, and no official model: {names}; classifiers: the same with _lc")
     try:
         if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -915,9 +911,9 @@ def from_state_dict(
     if config is not None:
         check_config(config)
     inferred = infer_config({str(key).removeprefix("backbone."): x for key, x in tensors.items()}, config)
-    for field, told in dataclasses.asdict(inferred).items():  # before anything of that size is allocated
-        if config is not None and getattr(config, field) != told:
-            raise ValueError(f"config: {field} is {getattr(config, field)}, but the tensors' shapes say {told}")
+    for field, value in dataclasses.asdict(inferred).items():  # before anything of that size is allocated
+        if config is not None and getattr(config, field) != value:
+            raise ValueError(f"config: {field} is {getattr(config, field)}, but the shapes of the tensors give {value}")
     model: DinoVisionTransformer | LinearClassifier
     with _SkipInit():
         model = DinoVisionTransformer(inferred)
@@ -927,12 +923,12 @@ def from_state_dict(
             model = LinearClassifier(model, num_classes, layers=width // inferred.embed_dim - 1)
             default = IMAGENET_CLASSES if num_classes == len(IMAGENET_CLASSES) else None
             model.labels = check_labels(labels, num_classes) or default
-    wanted, found = ({key: tuple(x.shape) for key, x in state.items()} for state in (model.state_dict(), tensors))
-    for key in wanted | found:
-        if found.get(key) != wanted.get(key):
-            raise ValueError(f"{key}: found {found.get(key, 'none')}, wanted {wanted.get(key, 'none')}")
+    expected, found = ({key: tuple(x.shape) for key, x in state.items()} for state in (model.state_dict(), tensors))
+    for key in expected | found:
+        if found.get(key) != expected.get(key):
+            raise ValueError(f"{key} is {found.get(key, 'missing')}; expected {expected.get(key, 'no such tensor')}")
         if tensors[key].dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{key}: found {tensors[key].dtype}, wanted float32, bfloat16, float16 or float64")
+            raise ValueError(f"{key} is {tensors[key].dtype}; expected float32, bfloat16, float16 or float64")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -995,7 +991,7 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
     if config is None:
         num_heads = num_heads or {known.embed_dim: known.num_heads for known in CONFIGS.values()}.get(D)
         if num_heads is None:
-            raise ValueError(f"width {D} does not tell the number of heads: give num_heads")
+            raise ValueError(f"the number of heads cannot be told from the width {D}: give num_heads")
         config = dataclasses.replace(CONFIGS["vits14_reg" if R else "vits14"], num_heads=num_heads)
     config = dataclasses.replace(config, embed_dim=D, depth=depth, ffn=ffn, patch_size=P, in_chans=C, num_register_tokens=R)
     if math.prod(config.grid) != num_patches:  # the sides of a grid that is not square are known to the config alone
@@ -1082,11 +1078,12 @@ def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
     for path in map(Path, paths):
         found, seen = [], set()
         for folder, folders, names in os.walk(path, followlinks=True):
-            here = os.path.realpath(folder)
-            folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in seen else []
-            if here not in seen:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            if (here := os.path.realpath(folder)) in seen:  # a loop of links
+                folders.clear()
+            else:
+                seen.add(here)
                 found += [Path(folder, name) for name in names if is_image_name(name)]
-            seen.add(here)
         files += sorted(found) or [path]
     return files
 
@@ -1119,6 +1116,8 @@ def classify(
         try:
             if os.path.isdir(path):
                 raise ValueError("no images in this folder")
+            if re.match("https?:/", str(path)):
+                raise ValueError("a URL; images are files: download it first")
             return preprocess(path, size, keep_aspect, model.backbone.patch_size, fast, False, model.transform)
         except (OSError, ValueError) as error:
             return error
@@ -1143,21 +1142,12 @@ def classify(
 
 def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int) -> dict:
     """The JSON record of one image: its most probable classes, or the error."""
+    record: dict = {"image": re.sub("^(https?):/", r"\1://", str(path))}  # a Path has one slash
     if isinstance(result, Exception):
-        return {"image": str(path), "error": getattr(result, "strerror", None) or str(result) or repr(result)}
+        return record | {"error": getattr(result, "strerror", None) or str(result) or repr(result)}
     probabilities, indices = (x.tolist() for x in result.topk(min(top, len(result))))
     predictions = [{"index": i, "label": str(labels[i]), "probability": p} for i, p in zip(indices, probabilities)]
-    return {"image": str(path), "predictions": predictions}
-
-
-def print_record(record: dict, width: int) -> None:
-    """Print a record as text, with file names in a column of this width; errors go to standard error."""
-    name = printable(record["image"])
-    if "error" in record:
-        print(f"dinoreg: {name}: {printable(record['error'])}", file=sys.stderr, flush=True)
-    for prediction in record.get("predictions", ()):
-        print(f"{name:{width}}  {prediction['probability']:6.1%}  {printable(prediction['label'])}", flush=True)
-        name = ""
+    return record | {"predictions": predictions}
 
 
 def printable(text: str) -> str:
@@ -1198,10 +1188,15 @@ def run(args: argparse.Namespace) -> int:
         failed += "error" in record
         if progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+        name = printable(record["image"])
         if args.json:
             print(json.dumps(record), flush=True)
+        elif "error" in record:
+            print(f"dinoreg: {name}: {printable(record['error'])}", file=sys.stderr, flush=True)
         else:
-            print_record(record, width)
+            for prediction in record["predictions"]:
+                print(f"{name:{width}}  {prediction['probability']:6.1%}  {printable(prediction['label'])}", flush=True)
+                name = ""
         if progress and done + 1 < len(paths):
             print(f"{done + 1}/{len(paths)}", end="", file=sys.stderr, flush=True)
     return 1 if failed else 0
@@ -1257,6 +1252,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: float32, or as --fast chooses)")
     add("--batch-size", type=positive, default=8, metavar="B", help="images in a forward pass (default: 8)")
     add("--json", action="store_true", help="print one JSON object per line, for each image")
+    add("--version", action="version", version=f"dinoreg {__version__}")
     args = parser.parse_args(argv)
     try:
         return run(args)
