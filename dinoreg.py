@@ -991,7 +991,7 @@ def infer_config(tensors: dict[str, Tensor], config: Config | None = None, num_h
     if config is None:
         num_heads = num_heads or {known.embed_dim: known.num_heads for known in CONFIGS.values()}.get(D)
         if num_heads is None:
-            raise ValueError(f"the number of heads cannot be told from the width {D}: give num_heads")
+            raise ValueError(f"the number of heads cannot be inferred from width {D}: give num_heads")
         config = dataclasses.replace(CONFIGS["vits14_reg" if R else "vits14"], num_heads=num_heads)
     config = dataclasses.replace(config, embed_dim=D, depth=depth, ffn=ffn, patch_size=P, in_chans=C, num_register_tokens=R)
     if math.prod(config.grid) != num_patches:  # the sides of a grid that is not square are known to the config alone
@@ -1126,9 +1126,8 @@ def classify(
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor() as pool:
         ahead: Iterable[Tensor | Exception] = ()
-        for following in [*batches, ()]:
-            images = list(ahead)
-            ahead = pool.map(read, following)  # in the background, while the model computes this batch
+        for batch in [*batches, ()]:
+            images, ahead = list(ahead), pool.map(read, batch)  # in the background, while the model computes `images`
             pixels = [image for image in images if isinstance(image, Tensor)]
             if pixels:
                 same = all(x.shape == pixels[0].shape for x in pixels)
@@ -1138,16 +1137,6 @@ def classify(
                 probabilities = iter(logits.float().softmax(dim=-1).cpu())
             for image in images:
                 yield next(probabilities) if isinstance(image, Tensor) else image
-
-
-def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int) -> dict:
-    """The JSON record of one image: its most probable classes, or the error."""
-    record: dict = {"image": re.sub("^(https?):/", r"\1://", str(path))}  # a Path has one slash
-    if isinstance(result, Exception):
-        return record | {"error": getattr(result, "strerror", None) or str(result) or repr(result)}
-    probabilities, indices = (x.tolist() for x in result.topk(min(top, len(result))))
-    predictions = [{"index": i, "label": str(labels[i]), "probability": p} for i, p in zip(indices, probabilities)]
-    return record | {"predictions": predictions}
 
 
 def printable(text: str) -> str:
@@ -1184,11 +1173,17 @@ def run(args: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and len(paths) > args.batch_size
     failed = 0
     for done, result in enumerate(classify(model, paths, args.size, args.keep_aspect, args.fast, args.batch_size)):
-        record = describe(paths[done], result, labels, args.top)
+        image = re.sub("^(https?):/", r"\1://", str(paths[done]))  # a Path has one slash
+        record: dict = {"image": image}
+        if isinstance(result, Exception):
+            record["error"] = getattr(result, "strerror", None) or str(result) or repr(result)
+        else:
+            best = zip(*(x.tolist() for x in result.topk(min(args.top, len(result)))))
+            record["predictions"] = [{"index": i, "label": str(labels[i]), "probability": p} for p, i in best]
         failed += "error" in record
         if progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        name = printable(record["image"])
+        name = printable(image)
         if args.json:
             print(json.dumps(record), flush=True)
         elif "error" in record:

@@ -253,7 +253,7 @@ def mixed_images() -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
-def test_a_list_gives_what_its_images_give_alone(with_masks):
+def test_lists_equal_single_images(with_masks):
     model = randomised(TINY)
     images, masks = mixed_images()
     masks = masks if with_masks else None
@@ -273,7 +273,7 @@ def test_a_list_gives_what_its_images_give_alone(with_masks):
     assert all(scaled_error(gradients[0][key], gradients[1][key]) < 1e-4 for key in gradients[0])
 
 
-def test_a_list_in_a_classifier_and_in_training():
+def test_lists_in_a_classifier_and_in_training():
     images, _ = mixed_images()
     model = LinearClassifier(randomised(replace(TINY, drop_path_rate=0.5)), 7, layers=2).eval()
     alone = torch.cat([model(x) for x in images])
@@ -284,7 +284,7 @@ def test_a_list_in_a_classifier_and_in_training():
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN], ids=["registers", "plain"])
-def test_a_fixed_image_size_changes_nothing_but_leaves_no_resize(config, tmp_path):
+def test_fix_image_size_removes_the_resize(config, tmp_path):
     images = torch.randn(2, 3, 8, 12)
     model = randomised(config)
     expected = model(images)
@@ -604,7 +604,7 @@ GREY = np.array([[0, 40], [200, 255]], dtype=np.uint8).repeat(20, axis=0).repeat
     ],
     ids=["L", "P", "LA", "RGBA", "CMYK", "I;16", "I", "I of 16 bits", "F to 255", "F to 1"],
 )
-def test_preprocess_knows_every_mode(image):
+def test_preprocess_accepts_every_mode(image):
     expected = pixels(preprocess(Image.fromarray(GREY).convert("RGB"), 28))
     assert (pixels(preprocess(image, 28)) == expected).all()
 
@@ -652,7 +652,7 @@ def test_preprocess_keeps_the_whole_image(shape, expected):
     assert all(side % 16 == 0 for side in preprocess(picture(*shape), keep_aspect=True, patch_size=16).shape[1:])
 
 
-def test_fast_preprocessing_is_near_and_for_jpeg_files_alone(tmp_path):
+def test_fast_preprocessing_of_jpeg_files(tmp_path):
     photo = Image.open(HERE / "examples" / "images" / "chelsea.jpg").resize((1804, 1200))
     photo.save(tmp_path / "photo.jpg", quality=95)
     exact, fast = (preprocess(tmp_path / "photo.jpg", fast=fast) for fast in (False, True))
@@ -667,7 +667,7 @@ def test_fast_preprocessing_is_near_and_for_jpeg_files_alone(tmp_path):
     assert torch.equal(preprocess(tmp_path / "photo.png", fast=True), preprocess(tmp_path / "photo.png"))
 
 
-def test_preprocess_refuses_what_is_no_image(tmp_path):
+def test_preprocess_refuses_other_files(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     image = io.BytesIO()
     picture(90, 60).save(image, "JPEG")
@@ -898,7 +898,7 @@ def test_save_and_load_a_backbone(config, tmp_path):
     assert_same(loaded, model.to(torch.bfloat16))
 
 
-def test_a_loaded_model_is_mapped_and_can_be_trained(tmp_path):
+def test_loaded_models_are_mapped_and_trainable(tmp_path):
     dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors")
     before = (tmp_path / "model.safetensors").read_bytes()
     model = dinoreg.load(tmp_path / "model.safetensors")
@@ -1064,7 +1064,7 @@ def replace_block(model):
         wrap_block,
     ],
 )
-def test_save_refuses_what_would_not_load(edit, tmp_path):
+def test_save_refuses_edits_that_would_not_load(edit, tmp_path):
     model = randomised(TINY)
     edit(model)
     for write in (dinoreg.save, convert_weights.write):
@@ -1082,7 +1082,7 @@ class Payload:
         return print, ("the payload ran",)
 
 
-def test_load_says_what_is_wrong(tmp_path, capsys):
+def test_load_errors(tmp_path, capsys):
     state = randomised(replace(TINY_PLAIN, embed_dim=384, num_heads=6)).state_dict()
     missing = {key: tensor for key, tensor in state.items() if key != "blocks.1.attn.proj.bias"}
     contents = {
@@ -1203,7 +1203,7 @@ def test_an_official_backbone_with_head_and_labels(tmp_path, capsys):
     arguments = [tmp_path / "backbone.pth", "--head", tmp_path / "head.pth", "--labels", tmp_path / "labels.txt"]
     command = list(map(str, [*arguments, "-o", tmp_path / "model.safetensors"]))
     assert convert_weights.main(command) == 2
-    assert "the number of heads cannot be told from the width 96: give num_heads" in capsys.readouterr().err
+    assert "the number of heads cannot be inferred from width 96: give num_heads" in capsys.readouterr().err
     command = [sys.executable, "convert_weights.py", *command, "--num-heads", "3"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 0, result.stderr
@@ -1217,7 +1217,7 @@ def test_an_official_backbone_with_head_and_labels(tmp_path, capsys):
     assert torch.equal(model.linear_head.weight, head.weight)
 
 
-def test_conversion_says_what_is_wrong(tmp_path, capsys):
+def test_conversion_errors(tmp_path, capsys):
     state = convert_weights.from_official(randomised(replace(TINY, embed_dim=384, num_heads=6)), "hf")
     key = "encoder.layer.1.attention.attention.key.bias"
     contents = {
@@ -1437,7 +1437,7 @@ def test_files_of_a_hugging_face_folder(tmp_path):
         ("preprocessor_config.json", {"image_mean": [0.5]}, "mean must be three finite numbers"),
     ],
 )
-def test_what_a_hugging_face_folder_says_is_not_ignored(file, change, message, tmp_path):
+def test_unsupported_settings_of_hugging_face_are_refused(file, change, message, tmp_path):
     classifier = LinearClassifier(randomised(TINY), 3).eval()
     convert_weights.write(classifier, folder := tmp_path / "hf", "hf")
     described = json.loads((folder / file).read_text()) | change
@@ -1585,10 +1585,10 @@ def test_models_derived_in_transformers(name, tmp_path):
         assert scaled_error(model(images), peer(images).pooler_output) < TOLERANCE
 
 
-def test_heads_that_timms_architecture_tells(tmp_path):
+def test_num_heads_from_timms_architecture(tmp_path):
     model = randomised(replace(TINY, embed_dim=192, num_heads=3))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be told from the width 192"):
+    with pytest.raises(ValueError, match="cannot be inferred from width 192"):
         converted(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch14"}))
     assert_same(converted(tmp_path), model)
@@ -1598,7 +1598,7 @@ def test_heads_that_timms_architecture_tells(tmp_path):
             converted(tmp_path)
 
 
-def test_models_that_a_dialect_cannot_describe(tmp_path):
+def test_models_without_a_form_in_a_dialect(tmp_path):
     for config, dialects, message in [
         (replace(TINY, mlp_ratio=3.5), ["hf"], "mlp_ratio is 3.5"),
         (replace(TINY, image_size=(20, 40)), ["hf", "timm", "official"], "a position embedding of 5 x 10 patches"),
@@ -1776,7 +1776,7 @@ def test_a_patched_interpolate_pos_encoding():
     assert torch.equal(model(images), expected) and seen == [((1, 7, 32), 8, 12)]
 
 
-def test_attributes_that_count():
+def test_attributes_override_the_config():
     images = torch.randn(1, 3, 8, 12)
     model = randomised(TINY_PLAIN)
     for model.interpolate_antialias, model.interpolate_offset in ((True, 0.1), (True, 0.0), (False, 0.0)):
@@ -1790,7 +1790,7 @@ def test_attributes_that_count():
         assert torch.equal(model(images), other(images))
 
 
-def test_a_model_cut_short():
+def test_fewer_blocks():
     images = torch.randn(2, 3, 8, 12)
     whole, model = randomised(TINY), randomised(TINY)
     model.blocks = model.blocks[:2]
@@ -1970,7 +1970,7 @@ def rewrite(path, tensors=None, **metadata):
         ("layerscale_init", float("nan")), ("interpolate_offset", -1), ("interpolate_antialias", "no"),
     ],
 )  # fmt: skip
-def test_a_config_that_the_tensors_contradict(field, value, tmp_path):
+def test_configs_that_contradict_the_tensors(field, value, tmp_path):
     dinoreg.save(randomised(TINY), path := tmp_path / "model.safetensors")
     rewrite(path, config={**json.loads(dinoreg.read_tensors(path)[1]["config"]), field: value})
     start = time.perf_counter()
@@ -1980,7 +1980,7 @@ def test_a_config_that_the_tensors_contradict(field, value, tmp_path):
 
 
 @pytest.mark.parametrize("config", ["[1]", "3", '"x"', '{"colour": 1}', "{", "[" * 100_000, '{"embed_dim": {}}'])
-def test_a_config_that_is_none(config, tmp_path):
+def test_invalid_configs(config, tmp_path):
     dinoreg.save(randomised(TINY), path := tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors: ") as caught:
         dinoreg.load(rewrite(path, config=config))
@@ -1988,14 +1988,14 @@ def test_a_config_that_is_none(config, tmp_path):
 
 
 @pytest.mark.parametrize("labels", [["a"] * 3, {"0": "a"}, "abcdefghij", list(range(10)), 7])
-def test_labels_that_do_not_fit(labels, tmp_path):
+def test_invalid_labels(labels, tmp_path):
     dinoreg.save(randomise(LinearClassifier(DinoVisionTransformer(TINY), 10)), path := tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="labels"):
         dinoreg.load(rewrite(path, labels=labels))
 
 
 @pytest.mark.parametrize("layers", [0, 8])
-def test_a_head_of_impossible_layers(layers, tmp_path):
+def test_invalid_head_widths(layers, tmp_path):
     dinoreg.save(tiny_classifier(), path := tmp_path / "model.safetensors")
     classes = len(dinoreg.read_tensors(path)[0]["linear_head.bias"])
     with pytest.raises(ValueError, match=f"on the last {layers} of 3 layers"):
@@ -2007,7 +2007,7 @@ def test_a_head_of_impossible_layers(layers, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn, torch.bool])
-def test_tensors_of_impossible_dtypes(dtype, tmp_path):
+def test_invalid_dtypes(dtype, tmp_path):
     state = randomised(replace(TINY, embed_dim=384, num_heads=6)).state_dict()
     torch.save(state | {"norm.weight": torch.ones(384).to(dtype)}, tmp_path / "model.pth")
     with pytest.raises(ValueError, match=f"model.pth: norm.weight is {dtype}; expected float32"):
@@ -2089,7 +2089,7 @@ def test_fast_takes_the_best_dtype_and_dtype_overrides_it(folder, monkeypatch, c
     assert loaded == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_calls_that_are_nearly_right():
+def test_masks_and_indices_of_other_types():
     model, x = randomised(TINY), torch.randn(2, 3, 20, 20)
     mask = torch.zeros(2, 25, dtype=torch.bool)
     mask[:, ::2] = True
@@ -2105,7 +2105,7 @@ def test_calls_that_are_nearly_right():
 
 
 @pytest.mark.parametrize("error", [SyntaxError("broken PNG file"), NotImplementedError("DDS"), IndexError(), MemoryError()])
-def test_whatever_a_decoder_raises(error, monkeypatch):
+def test_decoder_errors_become_value_errors(error, monkeypatch):
     def convert(*_):
         raise error
 
@@ -2121,7 +2121,7 @@ def test_a_decompression_bomb(tmp_path, monkeypatch):
         preprocess(tmp_path / "bomb.png")
 
 
-def test_odd_names_and_files(tmp_path):
+def test_unusual_names_and_files(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in (b"new\nline.png", b"bad\xff.png", b"good.png"):
@@ -2143,7 +2143,7 @@ def test_odd_names_and_files(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_standard_output_that_takes_nothing():
+def test_full_or_closed_standard_output():
     command = [sys.executable, "-m", "dinoreg", *DIGIT_IMAGES, "--weights", DIGITS]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=HERE)
@@ -2152,7 +2152,7 @@ def test_standard_output_that_takes_nothing():
     assert "Traceback" not in result.stderr and result.returncode in (0, 2)
 
 
-def test_a_killed_conversion_leaves_no_growing_litter(tmp_path):
+def test_killed_saves_leave_one_temporary_folder(tmp_path):
     program = f"""
 import os, signal, dinoreg
 dinoreg.save_file = lambda tensors, path, metadata: (path.write_bytes(b"half"), os.kill(os.getpid(), signal.SIGKILL))
@@ -2380,7 +2380,7 @@ def test_download_a_classifier(hub, layers):
     assert torch.equal(model.linear_head.weight, torch.nn.Linear((layers + 1) * 32, 1000).weight)
 
 
-def test_a_name_that_the_server_does_not_have(hub):
+def test_download_of_a_missing_file(hub):
     del hub.files[HUB_BACKBONE]
     with pytest.raises(OSError, match="HTTP Error 404") as caught:
         dinoreg.load("vits14_reg")
@@ -2389,7 +2389,7 @@ def test_a_name_that_the_server_does_not_have(hub):
     assert "\n" not in str(caught.value) and not os.listdir(hub.cache)
 
 
-def test_a_download_that_is_cut_off(hub):
+def test_download_that_is_cut_off(hub):
     hub.cut_off = True
     with pytest.raises(OSError, match="not a complete checkpoint"):
         dinoreg.load("vits14_reg")
@@ -2398,7 +2398,7 @@ def test_a_download_that_is_cut_off(hub):
     assert_same(dinoreg.load("vits14_reg"), randomised(HUB_CONFIG))
 
 
-def test_a_download_of_something_else(hub):
+def test_download_of_another_file(hub):
     hub.files[HUB_BACKBONE] = b"<html>please log in</html>"
     with pytest.raises(OSError, match="not a complete checkpoint"):
         dinoreg.load("vits14_reg")
@@ -2551,7 +2551,7 @@ def test_json_lines_in_input_order(folder):
     assert result.stderr == ""
 
 
-def test_text_for_people(folder):
+def test_text_output(folder):
     result = run_process(folder / "a.jpg", folder / "b.png", "--weights", folder / "model.safetensors", "--top", 2)
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
@@ -2562,7 +2562,7 @@ def test_text_for_people(folder):
     assert lines[1].startswith(" ")
 
 
-def test_an_unreadable_image_is_reported_and_the_rest_goes_on(folder):
+def test_unreadable_images_are_reported(folder):
     images = [folder / "c.jpg", folder / "nowhere.jpg", folder / "b.png"]
     result = run(*images, "--weights", folder / "model.safetensors", "--top", 1)
     assert result.returncode == 1
@@ -2571,7 +2571,7 @@ def test_an_unreadable_image_is_reported_and_the_rest_goes_on(folder):
     assert str(folder / "c.jpg") in first and second.endswith(f"{folder / 'nowhere.jpg'}: No such file or directory")
 
 
-def test_a_url_is_no_image(folder):
+def test_urls_are_refused(folder):
     url = "https://example.com/photo.jpg"
     result = run(url, folder / "b.png", "--weights", folder / "model.safetensors", "--top", 1)
     assert result.returncode == 1 and len(result.stdout.splitlines()) == 1
@@ -2589,7 +2589,7 @@ def test_a_folder_without_images(folder, tmp_path):
     assert result.stderr == f"dinoreg: {tmp_path}: no images in this folder\n"
 
 
-def test_the_whole_image(folder):
+def test_keep_aspect(folder):
     options = ["--weights", folder / "model.safetensors", "--json", "--keep-aspect"]
     result = run(folder / "a.jpg", folder / "b.png", folder / "d.webp", *options)
     model = dinoreg.load(folder / "model.safetensors")
@@ -2634,7 +2634,7 @@ def test_size_and_dtype(folder):
         (["--top", "0"], "must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_start_says_why_in_a_line(folder, options, message):
+def test_start_errors_are_one_line(folder, options, message):
     if "--weights" not in options and "--model" not in options:
         options = [*options, "--weights", folder / "model.safetensors"]
     result = run(folder / "b.png", *options)
@@ -2683,7 +2683,7 @@ def test_progress_of_a_long_run_on_a_terminal(folder):
     assert "1/3" in shown and "2/3" in shown and shown.endswith("\r\033[K")
 
 
-def test_a_closed_pipe_ends_it_quietly(folder):
+def test_closed_pipe(folder):
     command = [sys.executable, "-m", "dinoreg", *[folder / "b.png"] * 20, "--weights", folder / "model.safetensors"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
     process.stdout.close()
@@ -2756,7 +2756,7 @@ def test_timm_computes_the_same(size, tmp_path):
         assert scaled_error(features["x_norm_patchtokens"], theirs[:, 5:]) < TOLERANCE
 
 
-def test_without_registers_the_official_interpolation_is_followed():
+def test_interpolation_without_registers():
     """The peers agree with us on the trained grid. Elsewhere official models without registers add 0.1 to the grid and
     do not antialias; Hugging Face leaves out the 0.1, timm also antialiases. Told to do so, we do the same."""
     images = {size: torch.randn(1, 3, *size) for size in ((518, 518), (224, 336))}
@@ -2843,7 +2843,7 @@ def test_a_classifier_of_timm(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["s", "g"])
-def test_what_we_write_loads_elsewhere(size, tmp_path):
+def test_written_files_load_in_transformers_and_timm(size, tmp_path):
     config = replace(PEER_CONFIGS[size], depth=1)
     model, peer, other = randomised(config), hugging_face(config), timm_model(size, config)
     convert_weights.write(model, tmp_path / "hf", "hf")
@@ -2870,7 +2870,7 @@ def test_gradients_are_those_of_hugging_face():
         assert scaled_error(parameter.grad, theirs[key]) < 1e-4, key
 
 
-def test_bfloat16_is_as_near_as_that_of_hugging_face():
+def test_bfloat16_error_is_that_of_hugging_face():
     peer = hugging_face(replace(CONFIGS["vits14_reg"], depth=4))
     model = dinoreg.from_state_dict(convert_weights.to_official(peer.state_dict())[0])
     images = torch.randn(1, 3, 224, 224)
@@ -2891,6 +2891,7 @@ def test_head_of_the_file():
     first, last = map(int, re.search(r"The model is lines (\d+) to (\d+)", "\n".join(lines[:30])).groups())
     tree = {node.name: node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.ClassDef)}
     assert (first, last) == (tree["Config"].lineno - 1, tree["LinearClassifier"].end_lineno)  # the decorator comes first
+    assert f"The model is {last - first + 1} lines" in (HERE / "README.md").read_text()
     for repository_file in ("convert_weights", "examples/", "README"):  # whoever vendors the one file has none of them
         assert repository_file not in "\n".join(lines)
     assert re.search(r"^version = attr: dinoreg.__version__$", (HERE / "setup.cfg").read_text(), re.M)
@@ -2927,7 +2928,7 @@ def test_the_bundled_model_reads_the_bundled_digits():
 
 
 @pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
-def test_fine_tuned_weights_tell_pictures_apart():
+def test_fine_tuned_weights_distinguish_photos():
     model = dinoreg.load(SALIENCY_WEIGHTS)
     assert model.config == CONFIGS["vits14"]
     cat, coffee = (Image.open(HERE / "examples" / "images" / name) for name in ("chelsea.jpg", "coffee.jpg"))
