@@ -5,32 +5,42 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+import benchmark
+import dinoreg
 from test_dinoreg import SALIENCY_WEIGHTS
 
-pytest.importorskip("tqdm")
-
 HERE = Path(__file__).parents[1]
+SMALL = replace(dinoreg.CONFIGS["vits14_reg"], embed_dim=64, depth=1, num_heads=1)
 
 
-def run_benchmark(*args, **env) -> list[list[str]]:
-    """The cells of the table that it prints, row by row."""
-    return table_rows(benchmark_output(*args, **env))
+@pytest.fixture
+def run(capsys):
+    """A function that runs the benchmark in this process and returns what it prints, and the cells of the table by row."""
+
+    def run(*args) -> tuple[str, list[list[str]]]:
+        assert benchmark.main([*map(str, args), "--device", "cpu", "--seconds", "0", "--turns", "1"]) == 0
+        out = capsys.readouterr().out
+        return out, table_rows(out)
+
+    return run
 
 
-def table_rows(lines: list[str]) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+def table_rows(text: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
 
 
-def benchmark_output(*args, **env) -> list[str]:
-    command = [sys.executable, HERE / "benchmark.py", *args, "--turns", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+@pytest.fixture
+def small(monkeypatch):
+    """Makes ViT-S/14 a model of one narrow block, and measures each run once instead of for half a second."""
+    monkeypatch.setitem(dinoreg.CONFIGS, "vits14_reg", SMALL)
+    monkeypatch.setattr(benchmark, "SECONDS", 0)
 
 
 @pytest.fixture
@@ -41,9 +51,32 @@ def torch_home_with_hub(tmp_path) -> str:
     return str(tmp_path)
 
 
-def test_benchmark_of_the_forward(torch_home_with_hub):
-    options = ["--models", "vits14_reg", "--pixels", "28", "--batches", "2", "--seconds", "0"]
-    header, _, row = run_benchmark("forward", *options, TORCH_HOME=torch_home_with_hub)
+def test_medians_and_ratios_within_turns():
+    numbers = {"a": iter([[9.0], [1.0], [2.0], [4.0]]), "b": iter([[9.0], [3.0], [2.0], [2.0]])}
+    compared = benchmark.compare(numbers, turns=3, measure=next)
+    assert compared == {"a": [1.0, 2.0], "b": [1.0, 2.0]}  # of b, the ratios 3, 1 and 1/2; the first turn does not count
+    numbers = {"a": iter([[9.0, 0], [1.0, 5]]), "b": iter([[9.0, 0], [3.0, 7]])}
+    assert benchmark.compare(numbers, turns=1, measure=next) == {"a": [1.0, 1.0, 5], "b": [3.0, 3.0, 7]}
+
+
+def test_other_features_are_an_error():
+    x = torch.randn(2, 8)
+    assert benchmark.cosines_of({"a": lambda: x, "b": lambda: 2 * x})["b"] == pytest.approx(1)
+    for wrong in (-x, x + x.flip(1), x * float("nan")):
+        with pytest.raises(RuntimeError, match="the features differ"):
+            benchmark.cosines_of({"a": lambda: x, "b": lambda wrong=wrong: wrong})
+
+
+def test_failing_processes_are_an_error():
+    assert benchmark.numbers_of([*benchmark.PYTHON, "print(1.5, 'text', 2, sep='\\n')"]) == [1.5, 2]
+    with pytest.raises(RuntimeError, match="a process failed: ValueError: no"):
+        benchmark.numbers_of([*benchmark.PYTHON, benchmark.PARENT, *benchmark.PYTHON, "raise ValueError('no')"])
+
+
+@pytest.mark.slow
+def test_benchmark_of_the_forward_pass(run, monkeypatch, torch_home_with_hub):
+    monkeypatch.setattr(benchmark, "OFFICIAL", Path(torch_home_with_hub, "hub", "facebookresearch_dinov2_main"))
+    _, (header, _, row) = run("forward", "--models", "vits14_reg", "--pixels", "28", "--batches", "2")
     assert len(header) == len(row) and header[:5] == ["model", "pixels", "batch", "dinoreg", "embed"]
     assert "official" in header
     for library in ("transformers", "timm"):
@@ -54,15 +87,16 @@ def test_benchmark_of_the_forward(torch_home_with_hub):
         assert float(milliseconds) * float(ratio) > 0
 
 
-def test_benchmark_of_lists():
-    header, _, *rows = run_benchmark("lists", "--models", "vits14_reg", "--seconds", "0")
+def test_benchmark_of_lists(run, small):
+    out, (header, _, *rows) = run("lists", "--models", "vits14_reg")
     assert header == ["model", "images", "packed", "one by one", "padded"] and len(rows) == 3
     assert all(row[2].endswith("(1.00)") and float(row[3].split()[0]) > 0 for row in rows)
+    assert "python examples/benchmark.py lists --models vits14_reg" in out and "one packed pass" in out
 
 
-def test_benchmark_of_engines():
-    options = ["--models", "vits14_reg", "--pixels", "28", "--batches", "2", "--seconds", "0"]
-    header, _, row = run_benchmark("engines", *options)
+@pytest.mark.slow
+def test_benchmark_of_engines(run, small):
+    _, (header, _, row) = run("engines", "--models", "vits14_reg", "--pixels", "28", "--batches", "2")
     expected = {"float32", "bfloat16"}
     if shutil.which("c++"):
         expected |= {f"{engine}, {dtype}" for engine in ("compile", "AOTInductor") for dtype in ("float32", "bfloat16")}
@@ -72,37 +106,48 @@ def test_benchmark_of_engines():
     assert set(header[3:]) == expected and len(header) == len(row)
     for cell in row[3:]:
         milliseconds, ratio, cosine = re.fullmatch(r"(.+) \((.+), (.+)\)", cell).groups()
-        assert float(milliseconds) * float(ratio) > 0 and 0.999 < float(cosine) < 1.001
+        assert float(milliseconds) >= 0 and float(ratio) > 0 and 0.999 < float(cosine) < 1.001
     assert row[3].endswith("(1.00, 1.00000)")
 
 
-def test_benchmark_of_folders():
-    header, _, large, small = run_benchmark("folder")
+@pytest.mark.slow
+def test_benchmark_of_folders(run, small):
+    _, (header, _, large, small_files) = run("folder")
     assert header[:5] == ["JPEG files", "dinoreg", "dinoreg --fast", "forward", "decode"]
-    milliseconds = [[float(cell.split()[0]) for cell in row[1:]] for row in (large, small)]
+    milliseconds = [[float(cell.split()[0]) for cell in row[1:]] for row in (large, small_files)]
     assert milliseconds[0][3] > 5 * milliseconds[1][3]  # 12 megapixels take longer to decode than 0.2
 
 
 @pytest.mark.parametrize("arguments", [["--pixels", "225"], ["--turns", "0"], ["--batches", "0"], ["backward"]])
-def test_benchmark_says_what_is_wrong(arguments):
-    command = [sys.executable, HERE / "benchmark.py", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith("benchmark.py: error: ")
+def test_wrong_options_are_an_error(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(arguments)
+    out, err = capsys.readouterr()
+    assert out == "" and ": error: " in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_start(torch_home_with_hub):
-    table = run_benchmark("start", TORCH_HOME=torch_home_with_hub)
-    rows = {name: [float(x) for x in cells] for name, *cells in table[2:]}
+    command = [sys.executable, HERE / "benchmark.py", "start", "--turns", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TORCH_HOME": torch_home_with_hub})
+    assert result.returncode == 0, result.stderr
+    rows = {name: [float(x) for x in cells] for name, *cells in table_rows(result.stdout)[2:]}
     assert ("official" in rows) == (find_spec("torchvision") is not None)
     assert rows["dinoreg"][1] == 1 and rows["dinoreg"][2] > rows["import torch"][2]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_memory_of_a_process():
+    seconds, megabytes = benchmark.numbers_of([*benchmark.PYTHON, benchmark.MEMORY, "", "x = torch.ones(5_000_000)"])
+    assert seconds > 0 and 15 < megabytes < 60  # 20 MB, and twice that while it is replaced
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
-def test_benchmark_of_fast_decoding():
-    lines = benchmark_output("fast", "--weights", SALIENCY_WEIGHTS)
-    for _, pixels, decoded, _, reduced, bfloat16 in table_rows(lines)[2:]:
+def test_benchmark_of_fast_decoding(run):
+    out, rows = run("fast", "--weights", SALIENCY_WEIGHTS)
+    for _, pixels, decoded, _, reduced, bfloat16 in rows[2:]:
         assert 0.999 < float(reduced) <= 1 and (decoded != pixels or float(reduced) == 1)
         assert 0.999 < float(bfloat16) < 1
-    (same,) = re.findall(r"Of 96 random crops of these photos, (\d+) have", "\n".join(lines))
+    (same,) = re.findall(r"Of 96 random crops of these photos, (\d+) have", out)
     assert 80 < int(same) <= 96
