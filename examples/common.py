@@ -147,9 +147,9 @@ def to_pixels(x: Tensor, transform: dinoreg.Transform) -> Tensor:
 def principal_components(x: Tensor) -> Tensor:
     """The first three principal components of M points: (M, D) -> (M, 3); missing ones are zero."""
     x = x - x.mean(dim=0)
-    axes = torch.linalg.svd(x, full_matrices=False).Vh[:3]  # (3, D)
-    axes = axes * axes.sum(dim=1, keepdim=True).sign()  # the sign of an axis is arbitrary: fix it
-    return F.pad(x @ axes.T, (0, 3 - len(axes)))
+    axes = torch.linalg.eigh(x.mT @ x).eigenvectors.flip(1)[:, :3]  # (D, 3), the largest variance first
+    axes = torch.where(axes.sum(dim=0) < 0, -axes, axes)  # the sign of an axis is arbitrary: fix it
+    return F.pad(x @ axes, (0, 3 - axes.shape[1]))
 
 
 def find_foreground(patches: Tensor, h: int, w: int) -> Tensor:
@@ -161,12 +161,16 @@ def find_foreground(patches: Tensor, h: int, w: int) -> Tensor:
 
 
 def colour(patches: Tensor, foreground: Tensor) -> Tensor:
-    """Patch features (h * w, D) as colours (h, w, 3) in [0, 1]; the background is black."""
-    colours = torch.zeros(*foreground.shape, 3)
+    """Patch features (M, D) as colours (M, 3) in [0, 1], from the components of the foreground (M), bool; the rest is black.
+
+    Colours are comparable within a call: those of several photos come from the concatenation of their patches.
+    """
+    colours = torch.zeros(len(patches), 3)
     if foreground.any():
-        components = principal_components(patches[foreground.flatten()])
-        low, high = components.quantile(torch.tensor([0.02, 0.98]), dim=0)  # so that a few extremes do not compress the rest
-        colours[foreground] = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        components = principal_components(patches[foreground])
+        low, high = components.quantile(torch.tensor([0.1, 0.9]), dim=0)  # of most patches, so that these have vivid colours
+        scaled = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        colours[foreground] = 0.15 + 0.85 * scaled  # darker than the background is none
     return colours
 
 

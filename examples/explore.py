@@ -5,7 +5,7 @@
 
 The page compares the patch under the pointer with all patches of all photos, and shows principal components, attention
 and token norms as `visualize.py` does. To keep the page small, patch features are projected onto their first principal axes
-and stored in int8, with as many axes as keep the error of every cosine below 0.02. The script prints the largest error for
+and stored in int8, with as many axes as keep the errors of cosines below 0.02. The script prints the largest error for
 each model, and the size of the page.
 """
 
@@ -14,7 +14,6 @@ import base64
 import bisect
 import io
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -22,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import common
 import dinoreg
+from visualize import add_colours, add_options, load_models, see_photos
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TOLERANCE = 0.02  # of a cosine
+CHECKED = 256  # patches whose cosines with all others are checked
 
 
 def encode(x: Tensor) -> str:
@@ -43,72 +43,48 @@ def encode_image(x: Tensor, transform: dinoreg.Transform) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def cosine_error(x: Tensor, y: Tensor) -> float:
-    """The largest difference between the cosine of two rows of x (M, D) and that of the same two rows of y (M, K)."""
-    x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    parts = zip(x.split(1024), y.split(1024))  # M x M may be larger than memory
-    return max((a @ x.T - b @ y.T).abs().max().item() for a, b in parts)
-
-
 def compress(features: Tensor) -> tuple[Tensor, float]:
     """Features (M, D) -> int8 (M, K) with the same cosines within TOLERANCE, and the largest error of a cosine.
 
     The K columns are the coordinates along the first principal axes of the normalised features, which are not centred. K is
-    the smallest number that keeps the error below TOLERANCE.
+    the smallest number that keeps the error below TOLERANCE. The error is the largest among the cosines of the `CHECKED`
+    patches that lose most with all M: those of all pairs would take hours for a thousand photos.
     """
     unit = F.normalize(features, dim=1)
-    coordinates = unit @ torch.linalg.eigh(unit.T @ unit).eigenvectors.flip(1)  # (M, D), the largest variance first
+    coordinates = unit @ torch.linalg.eigh(unit.mT @ unit).eigenvectors.flip(1)  # (M, D), the largest variance first
 
     def quantize(K: int) -> Tensor:
         x = coordinates[:, :K]
         return (x / x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) * 127).round()
 
-    candidates = range(1, features.shape[1])
-    index = bisect.bisect_left(candidates, -TOLERANCE, key=lambda K: -cosine_error(features, quantize(K)))
-    compressed = quantize(index + 1)
-    return compressed.char(), cosine_error(features, compressed)
+    def error(K: int) -> float:
+        kept = F.normalize(quantize(K), dim=1)
+        worst = (kept * coordinates[:, :K]).sum(dim=1).argsort()[:CHECKED]  # by the cosine to what is kept of them
+        return (unit[worst] @ unit.mT - kept[worst] @ kept.mT).abs().max().item()
 
-
-@torch.inference_mode()
-def see(model: dinoreg.DinoVisionTransformer, x: Tensor, layers: list[int]) -> dict[str, Tensor]:
-    """The data of an image (3, H, W) that the page shows.
-
-    These are features (h * w, D) after the final norm, norms (h * w) before it, attention (layers, A, 1 + R, h * w), and
-    foreground (h, w), bool.
-    """
-    batch = x[None].to(model.pos_embed.device)
-    features = model.forward_features(batch)
-    _, _, (tokens,) = model.split_tokens(features["x_prenorm"].cpu())
-    patches = features["x_norm_patchtokens"][0].cpu()
-    attention = torch.cat(model.attention_maps(batch, layers)).cpu()  # (layers, A, 1 + R, h, w)
-    return {
-        "features": patches,
-        "norms": tokens.norm(dim=1),
-        "attention": attention.flatten(3),
-        "foreground": common.find_foreground(patches, *attention.shape[3:]),
-    }
+    K = 1 + bisect.bisect_left(range(1, features.shape[1]), -TOLERANCE, key=lambda K: -error(K))
+    return quantize(K).char(), error(K)
 
 
 def describe(model: dinoreg.DinoVisionTransformer, name: str, seen: list[dict[str, Tensor]], layers: list[int]) -> dict:
-    """The JSON data of a model and of its features of each photo."""
-    features = torch.cat([maps["features"] for maps in seen])
-    compressed, error = compress(features)
+    """The JSON data of a model and of what it sees in each photo."""
+    add_colours(seen)
+    compressed, error = compress(torch.cat([maps["features"].flatten(0, 1) for maps in seen]))
     print(f"{name}: {compressed.shape[1]} of {model.embed_dim} axes, largest cosine error {error:.4f}")
-    colours = common.colour(features, torch.cat([maps["foreground"].flatten() for maps in seen]))  # (M, 3)
-    lengths = [len(maps["features"]) for maps in seen]
     photos = []
-    for maps, codes, rgb in zip(seen, compressed.split(lengths), colours.split(lengths)):
-        h, w = maps["foreground"].shape
-        peaks = maps["attention"].amax(dim=-1, keepdim=True).clamp(min=1e-12)
+    for maps, codes in zip(seen, compressed.split([maps["norms"].numel() for maps in seen])):
+        h, w = maps["norms"].shape
+        attention = maps["attention"].flatten(3)  # (L, A, 1 + R, h * w)
+        peaks = attention.amax(dim=-1, keepdim=True).clamp(min=1e-12)
         photos.append(
             {
                 "h": h,
                 "w": w,
                 "features": encode(codes),
-                "colours": encode((rgb * 255).round().byte()),
+                "colours": encode((maps["colours"] * 255).round().byte()),
                 "norms": encode(maps["norms"]),
                 # The square root keeps precision for small values: most are far below the peak.
-                "attention": encode(((maps["attention"] / peaks).sqrt() * 255).round().byte()),
+                "attention": encode(((attention / peaks).sqrt() * 255).round().byte()),
                 "peaks": encode(peaks),
             }
         )
@@ -119,35 +95,24 @@ def describe(model: dinoreg.DinoVisionTransformer, name: str, seen: list[dict[st
         "layers": [layer % model.n_blocks for layer in layers],
         "heads": model.num_heads,
         "registers": model.num_register_tokens,
-        "outlier": common.OUTLIER * torch.cat([maps["norms"] for maps in seen]).median().item(),
+        "outlier": common.OUTLIER * torch.cat([maps["norms"].flatten() for maps in seen]).median().item(),
         "photos": photos,
     }
 
 
 def run(args: argparse.Namespace) -> int:
-    models = {source: common.load_backbone(source, args.device, args.stride) for source in args.model}
+    models, images = load_models(args), dinoreg.find_images(args.images)
+    for source, model in models.items():
+        if not set(args.layers) <= set(range(-model.n_blocks, model.n_blocks)):
+            raise ValueError(f"--layers must be among the {model.n_blocks} blocks of {source}, got {args.layers}")
+    transform = next(iter(models.values())).transform
+    photos: list[dict] = []
     seen: dict[str, list[dict[str, Tensor]]] = {source: [] for source in models}
-    photos, failed = [], 0
-    for path in tqdm(dinoreg.find_images(args.images), unit="image"):
-        inputs = []
-        for model in models.values():
-            size = args.size or round(math.sqrt(math.prod(model.config.grid)) * model.patch_size)
-            inputs.append(common.read_image(path, size, True, model.patch_size, transform=model.transform))
-        if isinstance(inputs[0], str):
-            tqdm.write(f"explore: {path}: {inputs[0]}", file=sys.stderr)
-            failed += 1
-            continue
-        for (source, model), x in zip(models.items(), inputs):
-            seen[source].append(see(model, x, args.layers))
-        _, H, W = inputs[0].shape
-        photos.append(
-            {
-                "name": path.name,
-                "width": W,
-                "height": H,
-                "image": encode_image(inputs[0], next(iter(models.values())).transform),
-            }
-        )
+    for path, x, maps in see_photos(models, images, args.layers):
+        _, H, W = x.shape
+        photos.append({"name": path.name, "width": W, "height": H, "image": encode_image(x, transform)})
+        for source in models:
+            seen[source].append(maps[source])
     if not photos:
         return 1
 
@@ -157,23 +122,17 @@ def run(args: argparse.Namespace) -> int:
     with dinoreg.atomic(args.output) as part:
         part.write_text(page, encoding="utf-8")
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
-    return 1 if failed else 0
+    return 1 if len(photos) < len(images) else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_options(parser)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
-    add("--model", nargs="+", default=["vits14_reg"], help="official models or files of weights (default: vits14_reg)")
     add("--layers", nargs="+", type=int, default=[-1], help="blocks to show the attention of (default: -1, the last)")
-    training = "the size of the position embedding, 518 for official models"
-    area = "side of a square with as many pixels as the resized image"
-    add("--size", type=int, metavar="PIXELS", help=f"{area} (default: {training})")
     add("-o", "--output", type=Path, default=Path("explore.html"), metavar="PAGE", help="default: %(default)s")
-    common.add_stride(parser)
-    common.add_device(parser)
-    return common.run(run, parser.parse_args())
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from scipy.ndimage import label
 from torch import Tensor
 from tqdm import tqdm
 
 import common
 import dinoreg
+from visualize import add_resolution, set_resolution
 
 CANDIDATES = 100  # k of the paper: the patches of lowest degree, which may join the seed
 # Added to the similarities, in units of their mean: patches have a common component, above all in their keys, that makes
@@ -52,6 +52,8 @@ def last_attention(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str,
 
 def lost(similarity: Tensor, h: int, w: int) -> np.ndarray:
     """The similarities of all pairs of patches (h * w, h * w) -> the patches of the object (h, w), bool, maybe none."""
+    from scipy.ndimage import label
+
     degrees = (similarity > 0).sum(dim=1)
     candidates = degrees.argsort(stable=True)[:CANDIDATES]
     seed = candidates[0].item()  # the object is smaller than its background, so its patches are similar to fewer others
@@ -64,6 +66,8 @@ def lost(similarity: Tensor, h: int, w: int) -> np.ndarray:
 
 def exclude_border(mask: np.ndarray) -> np.ndarray:
     """The mask (h, w); if it covers most of the border of the photo, the largest connected part outside it instead."""
+    from scipy.ndimage import label
+
     border = np.ones_like(mask)
     border[1:-1, 1:-1] = False
     parts, count = label(~mask)
@@ -96,15 +100,14 @@ def draw(photo: Image.Image, mask: np.ndarray, box: list[int] | None) -> Image.I
 
 def run(args: argparse.Namespace) -> int:
     model = common.load_backbone(args.model, args.device, args.stride)
-    if args.size < model.patch_size:
-        raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
+    set_resolution(model, args.resolution)
     bias = BIAS[args.features] if args.bias is None else args.bias
     args.output.mkdir(parents=True, exist_ok=True)
 
     images, failed = dinoreg.find_images(args.images), 0
     for image, path in zip(tqdm(images, unit="image"), common.name_pictures(images, args.output, "object")):
         try:
-            x = dinoreg.preprocess(image, args.size, True, model.patch_size, transform=model.transform)
+            x = dinoreg.preprocess(image, None, True, model.patch_size, transform=model.transform)
             photo = dinoreg.to_rgb(Image.open(image))
         except (OSError, ValueError) as error:
             tqdm.write(f"find_objects: {image}: {common.reason(error)}", file=sys.stderr)
@@ -121,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=LIMITS)
     add = parser.add_argument
@@ -131,12 +134,11 @@ def main() -> int:
     defaults = ", ".join(f"{bias:g} for {features}" for features, bias in BIAS.items())
     rule = "added to the similarities, in units of their mean; lower values tend to select smaller objects"
     add("--bias", type=float, help=f"{rule} (default: {defaults})")
-    area = "side of a square with as many pixels as the resized image"
-    add("--size", type=int, default=518, metavar="PIXELS", help=f"{area} (default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    add_resolution(parser)
     common.add_stride(parser)
     common.add_device(parser)
-    return common.run(run, parser.parse_args())
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,23 @@
 
 For each image it writes a picture with a row for each model:
   - the input image;
-  - the patch features as colours (Oquab et al., 2023, figure 1): the first principal component separates foreground from
-    background, which is black; the first three components of the foreground are red, green and blue;
-  - the norms of the patch tokens after the last block, before the final norm;
+  - the patch features as colours (Oquab et al., 2023, figure 1): the first principal component of a photo separates its
+    foreground from its background, which is black; the first three components of the foreground of all photos are red,
+    green and blue, so that the same colour is a similar feature in all of them;
+  - the norms of the patch tokens after the last block, before the final norm, on one scale for all photos and models;
   - the attention of the CLS token and of each register to the patches, in the last block, averaged over its heads.
 Without registers, large models have outlier tokens of very high norm, which are visible as artifacts in these maps
 (Darcet et al., "Vision Transformers Need Registers", section 2). The script prints the share of such patch tokens.
 """
 
 import argparse
+import math
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,94 +29,158 @@ import common
 import dinoreg
 from common import OUTLIER, colour, find_foreground
 
+Models = dict[str, dinoreg.DinoVisionTransformer]  # by the argument that names them
+
 
 @torch.inference_mode()
-def see(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str, Tensor]:
-    """The maps of an image (3, H, W), by title: (h, w), or (h, w, 3) for colours."""
-    h, w = model.to_grid(*x.shape[1:])
-    batch = x[None].to(model.pos_embed.device)
-    features = model.forward_features(batch)
-    patches = features["x_norm_patchtokens"][0].cpu()
-    _, _, (tokens,) = model.split_tokens(features["x_prenorm"].cpu())  # (h * w, D)
-    attention = model.attention_maps(batch)[0].mean(dim=0).cpu()  # (1 + R, h, w)
-    names = ["CLS", *(f"register {i + 1}" for i in range(model.num_register_tokens))]
+def see(model: dinoreg.DinoVisionTransformer, x: Tensor, layers: Sequence[int] = (-1,)) -> dict[str, Tensor]:
+    """The maps of an image (3, H, W), on the CPU, from one forward pass.
+
+    These are features (h, w, D) after the final norm, norms (h, w) before it, and the attention (L, A, 1 + R, h, w) of CLS
+    and registers to the patches in each of L layers.
+    """
+    grid, special = model.to_grid(*x.shape[1:]), 1 + model.num_register_tokens
+    tokens = model.prepare_tokens_with_masks(x[None].to(model.pos_embed.device))
+    *inputs, tokens = tokens, *model.run_blocks(tokens, range(len(model.blocks)))  # of each block, and of the final norm
+    attention = [dinoreg.attention_rows(model.blocks[i], inputs[i], special)[0, ..., special:] for i in layers]
     return {
-        "image": common.to_pixels(x, model.transform),
-        "principal components": colour(patches, find_foreground(patches, h, w)),
-        "norm": tokens.norm(dim=1).unflatten(0, (h, w)),
-        **{f"attention of {name}": attention[i] for i, name in enumerate(names)},
+        "features": model.norm(tokens)[0, special:].unflatten(0, grid).cpu(),
+        "norms": tokens[0, special:].norm(dim=1).unflatten(0, grid).cpu(),
+        "attention": torch.stack(attention).unflatten(-1, grid).cpu(),
     }
 
 
-def draw(rows: dict[str, dict[str, Tensor]]) -> Figure:
-    """The maps of each model as one picture: a row per model, a column per title."""
-    titles = max(rows.values(), key=len)  # of the model with most registers
-    H, W, _ = next(iter(rows.values()))["image"].shape
+def see_photos(
+    models: Models, images: Sequence[Path], layers: Sequence[int] = (-1,)
+) -> Iterator[tuple[Path, Tensor, dict[str, dict[str, Tensor]]]]:
+    """For each image that can be read: its path, the input of the first model, and what each model sees."""
+    for image in tqdm(images, unit="image"):
+        inputs = [common.read_image(image, None, True, x.patch_size, transform=x.transform) for x in models.values()]
+        if isinstance(inputs[0], str):
+            tqdm.write(f"{Path(sys.argv[0]).stem}: {image}: {inputs[0]}", file=sys.stderr)
+        else:
+            yield image, inputs[0], {name: see(model, x, layers) for (name, model), x in zip(models.items(), inputs)}
+
+
+def add_colours(photos: list[dict[str, Tensor]]) -> None:
+    """Add the colours (h, w, 3) of features to what one model sees in each photo; they compare within these photos."""
+    features = [maps["features"].flatten(0, 1) for maps in photos]
+    grids = [maps["norms"].shape for maps in photos]
+    foreground = torch.cat([find_foreground(x, *grid).flatten() for x, grid in zip(features, grids)])
+    parts = colour(torch.cat(features), foreground).split([len(x) for x in features])
+    for maps, part, grid in zip(photos, parts, grids):
+        maps["colours"] = part.unflatten(0, grid)
+
+
+def draw(pixels: Tensor, rows: dict[str, dict[str, Tensor]], limits: tuple[float, float], path: Path) -> None:
+    """Write a picture of what each model sees in an image (H, W, 3), a row for each; limits are those of the norms."""
+    from matplotlib.figure import Figure
+
+    H, W, _ = pixels.shape
+    attention = {name: maps["attention"][-1].mean(dim=0) for name, maps in rows.items()}  # (1 + R, h, w)
+    registers = max(map(len, attention.values())) - 1
+    low, high = limits
+    titles = ["image", "principal components", f"norm ({low:.0f} to {high:.0f})", "attention of CLS"]
+    titles += [f"attention of register {i + 1}" for i in range(registers)]
     figure = Figure(figsize=(2.1 * len(titles), (2.1 * H / W + 0.25) * len(rows) + 0.25), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    for i, (name, maps) in enumerate(rows.items()):
-        for ax, title in zip(grid[i], titles):
-            ax.set(xticks=[], yticks=[], box_aspect=H / W)
-            ax.set_title(title if i == 0 else "", fontsize=10)
-            ax.spines[:].set_visible(False)
-            if title in maps:
-                top = maps[title].quantile(0.995 if title.startswith("attention") else 1)  # a peak would darken the rest
-                ax.imshow(maps[title], vmax=top, cmap="viridis" if title == "norm" else "inferno")
-        label = grid[i, 0].set_xlabel(Path(name).stem, loc="left", fontsize=9, parse_math=False)
+    for ax in grid.flat:
+        ax.set(xticks=[], yticks=[], box_aspect=H / W)
+        ax.spines[:].set_visible(False)
+    for ax, title in zip(grid[0], titles):
+        ax.set_title(title, fontsize=10)
+    for axes, (name, maps) in zip(grid, rows.items()):
+        axes[0].imshow(pixels.numpy())
+        axes[1].imshow(maps["colours"].numpy())
+        axes[2].imshow(maps["norms"].numpy(), vmin=low, vmax=high, cmap="viridis")
+        for ax, weights in zip(axes[3:], attention[name]):
+            ax.imshow(weights.numpy(), vmax=weights.quantile(0.995), cmap="inferno")  # a peak would darken the rest
+        label = axes[0].set_xlabel(Path(name).stem, loc="left", fontsize=9, parse_math=False)
         label.set_in_layout(False)  # a long name must not push the columns apart
-        grid[i, 2].set_xlabel("{:.0f} to {:.0f}".format(*maps["norm"].aminmax()), fontsize=9)
-    return figure
+        axes[2].set_xlabel("{:.0f} to {:.0f}".format(*maps["norms"].aminmax()), fontsize=9)
+    with dinoreg.atomic(path) as part:
+        figure.savefig(part, dpi=150)
+
+
+def set_resolution(model: dinoreg.DinoVisionTransformer, resolution: int | None) -> None:
+    """Let the model's transform resize whole images to as many pixels as a square of this side, or as in training, has."""
+    if resolution is not None and resolution < model.patch_size:
+        raise ValueError(f"--resolution must be at least {model.patch_size}, the side of a patch, got {resolution}")
+    trained = round(math.sqrt(math.prod(model.config.grid)) * model.patch_size)
+    model.transform = model.transform.at_size(resolution or trained)
+
+
+def load_models(args: argparse.Namespace) -> Models:
+    models = {source: common.load_backbone(source, args.device, args.stride) for source in args.model}
+    for model in models.values():
+        set_resolution(model, args.resolution)
+    return models
 
 
 def run(args: argparse.Namespace) -> int:
-    models = {}
-    for source in args.model:
-        models[source] = model = common.load_backbone(source, args.device, args.stride)
-        if args.size < model.patch_size:
-            raise ValueError(f"--size must be at least {model.patch_size}, the side of a patch, got {args.size}")
+    models, images = load_models(args), dinoreg.find_images(args.images)
+    if args.npy and len({Path(name).stem for name in models}) < len(models):
+        raise ValueError("--npy names files by model: give models of different names")
     args.output.mkdir(parents=True, exist_ok=True)
+    pictures = dict(zip(images, common.name_pictures(images, args.output, "features")))
 
-    images, failed = dinoreg.find_images(args.images), 0
-    norms: dict[str, list[Tensor]] = {source: [] for source in models}
-    for image, picture in zip(tqdm(images, unit="image"), common.name_pictures(images, args.output, "features")):
-        inputs = [
-            common.read_image(image, args.size, True, model.patch_size, transform=model.transform)
-            for model in models.values()
-        ]
-        if isinstance(inputs[0], str):
-            tqdm.write(f"visualize: {image}: {inputs[0]}", file=sys.stderr)
-            failed += 1
-            continue
-        rows = {source: see(model, x) for (source, model), x in zip(models.items(), inputs)}
-        for source, maps in rows.items():
-            norms[source].append(maps["norm"].flatten())
-        with dinoreg.atomic(picture) as part:
-            draw(rows).savefig(part, dpi=150)
+    norms: dict[str, list[Tensor]] = {name: [] for name in models}
+    photos, done = see_photos(models, images), 0
+    groups = ([photo] for photo in photos) if args.per_photo else [list(photos)]  # colours compare within a group
+    for group in filter(None, groups):
+        done += len(group)
+        for name in models:
+            add_colours([seen[name] for _, _, seen in group])
+            norms[name] += [seen[name]["norms"].flatten() for _, _, seen in group]
+        every = torch.cat([maps["norms"].flatten() for _, _, seen in group for maps in seen.values()])
+        limits = every.min().item(), every.max().item()
+        transform = next(iter(models.values())).transform
+        for image, x, seen in group:
+            draw(common.to_pixels(x, transform), seen, limits, pictures[image])
+            for name, maps in seen.items() if args.npy else ():
+                stem = pictures[image].stem.removesuffix("features") + Path(name).stem
+                for kind, array in maps.items():
+                    with dinoreg.atomic(args.output / f"{stem}_{kind}.npy") as part:
+                        np.save(part, array.numpy())
 
-    for source, parts in norms.items():
+    for name, parts in norms.items():
         if parts:
-            all_norms = torch.cat(parts)
-            cutoff = OUTLIER * all_norms.median().item() if args.cutoff is None else args.cutoff
-            share = (all_norms > cutoff).float().mean().item()
-            print(f"{source}: {share:.2%} of {len(all_norms):,} patches are outliers, with norms above {cutoff:.1f}")
-    return 1 if failed else 0
+            every = torch.cat(parts)
+            cutoff = OUTLIER * every.median().item() if args.cutoff is None else args.cutoff
+            share = (every > cutoff).float().mean().item()
+            print(f"{name}: {share:.2%} of {len(every):,} patches are outliers, with norms above {cutoff:.1f}")
+    return 1 if done < len(images) else 0
 
 
-def main() -> int:
-    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def add_resolution(parser: argparse.ArgumentParser) -> None:
+    rule = "the whole image is resized to as many pixels as a square of this side has"
+    trained = "that of the position embedding, 518 for official models"
+    parser.add_argument("--resolution", type=int, metavar="PIXELS", help=f"{rule} (default: {trained})")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose what is seen, and by which models."""
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     add("--model", nargs="+", default=["vits14_reg"], help="official models or files of weights (default: vits14_reg)")
-    area = "side of a square with as many pixels as the resized image"
-    add("--size", type=int, default=518, metavar="PIXELS", help=f"{area} (default: %(default)s)")
-    rule = f"{OUTLIER} times the median norm of all images, for each model"
-    add("--cutoff", type=float, metavar="NORM", help=f"the norm above which tokens are outliers (default: {rule})")
-    add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    add_resolution(parser)
     common.add_stride(parser)
     common.add_device(parser)
-    return common.run(run, parser.parse_args())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_options(parser)
+    add = parser.add_argument
+    alone = "fit colours and the scale of norms to each photo alone, which keeps one in memory instead of all"
+    add("--per-photo", action="store_true", help=alone)
+    rule = f"{OUTLIER} times the median norm of all images, for each model"
+    add("--cutoff", type=float, metavar="NORM", help=f"the norm above which tokens are outliers (default: {rule})")
+    add("--npy", action="store_true", help="also write features, norms, attention and colours as NAME_MODEL_*.npy")
+    add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

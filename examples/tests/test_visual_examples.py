@@ -1,7 +1,8 @@
-"""Tests of examples/visualize.py and examples/find_objects.py: `python -m pytest examples/tests/test_visual_examples.py`."""
+"""Tests of the scripts visualize.py, find_objects.py and explore.py; the page of the last has its own, test_explore.py."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import dinoreg
@@ -29,6 +31,7 @@ TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20)
 TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
 
 import common
+import explore
 import find_objects
 import visualize
 
@@ -50,15 +53,35 @@ def random_photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def run(script: str, *args) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, EXAMPLES / script, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script in this process: its exit status, standard output and the lines of its error messages."""
+
+    def call(script, *arguments):
+        name = script.__name__
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        capsys.readouterr()
+        status = script.main([*map(str, arguments)])
+        out, err = capsys.readouterr()
+        return status, out, [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{name}: ")]
+
+    return call
 
 
-def errors(result: subprocess.CompletedProcess, script: str) -> list[str]:
-    assert "Traceback" not in result.stderr, result.stderr
-    return [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith(f"{script}: ")]
+@pytest.mark.parametrize("script", ["visualize", "explore", "find_objects"])
+def test_a_script_runs_in_a_clone_that_is_not_installed(tmp_path, script):
+    output = tmp_path / "page.html" if script == "explore" else tmp_path
+    arguments = [HERE / "images" / "two.png", "--model", HERE / "digits.safetensors", "-o", output]
+    command = [sys.executable, HERE / f"{script}.py", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("script", ["visualize", "explore", "find_objects"])
+def test_plots_are_imported_after_the_arguments_are_parsed(script):
+    imports = re.findall(r"^(?:import|from) (\w+)", (HERE / f"{script}.py").read_text(), re.MULTILINE)
+    assert "common" in imports and not {"matplotlib", "scipy", "sklearn"} & set(imports)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,36 +117,57 @@ def test_foreground_is_the_side_away_from_the_border_and_the_rest_is_black(swap)
     patches = torch.where(inside.flatten()[:, None], one, other) + 0.1 * torch.randn(h * w, 16)
     foreground = common.find_foreground(patches, h, w)
     assert torch.equal(foreground, inside)
-    colours = common.colour(patches, foreground)
-    assert (colours[~inside] == 0).all()
-    assert (colours[inside].amin(dim=0) == 0).all() and (colours[inside].amax(dim=0) == 1).all()
+    colours = common.colour(patches, foreground.flatten())
+    assert (colours[~inside.flatten()] == 0).all()
+    inside = colours[inside.flatten()]
+    assert torch.allclose(inside.amin(dim=0), torch.tensor(0.15)) and torch.allclose(inside.amax(dim=0), torch.tensor(1.0))
 
 
 def test_colours_of_degenerate_images():
     same = torch.ones(6, 16)
-    assert not common.colour(same, common.find_foreground(same, 2, 3)).any()
+    assert not common.colour(same, common.find_foreground(same, 2, 3).flatten()).any()
     assert common.find_foreground(torch.ones(1, 16), 1, 1).shape == (1, 1)
-    assert torch.isfinite(common.colour(same, torch.ones(2, 3, dtype=torch.bool))).all()
+    assert torch.isfinite(common.colour(same, torch.ones(6, dtype=torch.bool))).all()
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN])
-def test_maps_are_those_of_the_model(config):
-    model, photo = random_model(config), random_photo(24, 16)
-    x = preprocess(photo, None, True, 4, transform=dinoreg.Transform(resize=(16, 24), crop=None))
-    maps = visualize.see(model, x)
-    registers = [f"attention of register {i}" for i in range(1, config.num_register_tokens + 1)]
-    assert list(maps) == ["image", "principal components", "norm", "attention of CLS", *registers]
-    assert np.allclose(maps["image"], np.asarray(photo) / 255, atol=1e-6)
+def test_maps_are_those_of_the_model_from_one_pass(config):
+    model, x = random_model(config), torch.randn(3, 16, 24)
+    runs = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: runs.append(i))
+    maps = visualize.see(model, x, [0, -1])
+    assert runs == [0, 1, 2]
     with torch.inference_mode():
+        (features,) = model.get_intermediate_layers(x[None], reshape=True)
         (before_norm,) = model.get_intermediate_layers(x[None], norm=False, reshape=True)
-        attention = model.attention_maps(x[None])
-    assert torch.allclose(maps["norm"], before_norm[0].square().sum(0).sqrt())
-    for i, title in enumerate(["attention of CLS", *registers]):
-        assert torch.allclose(maps[title], attention[0, :, i].sum(0) / config.num_heads)
-    assert maps["principal components"].shape == (4, 6, 3)
+        attention = model.attention_maps(x[None], [0, -1])
+    assert torch.allclose(maps["features"], features[0].permute(1, 2, 0), atol=1e-5)
+    assert torch.allclose(maps["norms"], before_norm[0].square().sum(0).sqrt())
+    assert maps["attention"].shape == (2, 4, 1 + config.num_register_tokens, 4, 6)
+    assert torch.allclose(maps["attention"], torch.cat(attention))
 
 
-def test_visualizing_draws_a_row_for_each_model_and_counts_outliers(tmp_path):
+def test_the_same_feature_has_the_same_colour_in_all_photos():
+    torch.manual_seed(0)
+    parts = torch.cat([torch.full((1, 16), 9.0), torch.randn(4, 16)])  # the background and four parts of objects
+    photos, places = [], [torch.zeros(6, 8, dtype=torch.long) for _ in range(2)]
+    for place, inside in zip(places, ([1, 2, 3, 1], [3, 4, 1, 4])):
+        place[1:-1, 1:-1] = torch.tensor(inside)[:, None]
+        photos.append({"features": parts[place] + 0.01 * torch.randn(6, 8, 16), "norms": place})
+    visualize.add_colours(photos)
+    first, second = (photo["colours"] for photo in photos)
+    assert torch.equal(first.any(dim=2), places[0] > 0) and torch.equal(second.any(dim=2), places[1] > 0)
+    means = [
+        colours[place == part].mean(dim=0) for colours, place in ((first, places[0]), (second, places[1])) for part in (1, 3)
+    ]
+    assert torch.allclose(torch.stack(means[:2]), torch.stack(means[2:]), atol=0.05)
+    assert (means[0] - means[1]).abs().max() > 0.5
+    visualize.add_colours(photos[1:])
+    assert (photos[1]["colours"] - second).abs().max() > 0.2  # alone it has other colours
+
+
+def test_visualizing_draws_a_row_for_each_model_and_counts_outliers(tmp_path, call):
     plain, registers = random_model(TINY_PLAIN), random_model(TINY)
     with torch.no_grad():
         plain.pos_embed[0, 1 + 7] = 1000  # which makes an outlier of the 8th of 25 patches
@@ -137,43 +181,74 @@ def test_visualizing_draws_a_row_for_each_model_and_counts_outliers(tmp_path):
     images = [tmp_path / name for name in ("text.png", "a", "b", "none.png")]
     models = [tmp_path / "plain.safetensors", tmp_path / "registers.safetensors"]
 
-    result = run("visualize.py", *images, "--size", 20, "--output", out, "--model", *models)
-    assert result.returncode == 1
-    assert [line.split(": ")[1] for line in errors(result, "visualize")] == [str(images[0]), str(images[3])]
-    outliers, none = result.stdout.splitlines()
+    status, printed, errors = call(visualize, *images, "--output", out, "--model", *models)
+    assert status == 1
+    assert [line.split(": ")[1] for line in errors] == [str(images[0]), str(images[3])]
+    outliers, none = printed.splitlines()
     assert outliers.startswith(f"{models[0]}: 4.00% of 50 patches") and none.startswith(f"{models[1]}: 0.00% of 50 ")
     assert sorted(os.listdir(out)) == ["photo_2_features.png", "photo_features.png"]
-    two = np.asarray(Image.open(out / "photo_features.png").convert("RGB"))
+    two = np.asarray(Image.open(out / "photo_features.png").convert("RGB")).astype(int)
 
     # Without registers there are four columns; half of the norms are above their median.
-    with torch.inference_mode():
-        norms = visualize.see(plain, preprocess(images[1] / "photo.png", 20, True, 4))["norm"]
+    norms = visualize.see(plain, preprocess(images[1] / "photo.png", 20, True, 4))["norms"]
     cutoff = norms.median().item() - 1e-3
-    args = ["--model", models[0], "--cutoff", cutoff, "--size", 20, "--output", out]
-    result = run("visualize.py", tmp_path / "a" / "photo.png", *args)
-    assert result.returncode == 0 and not errors(result, "visualize")
-    assert result.stdout.startswith(f"{models[0]}: 52.00% of 25 patches")  # 13 of 25
-    one = np.asarray(Image.open(out / "photo_features.png").convert("RGB"))
+    args = ["--model", models[0], "--cutoff", cutoff, "--resolution", 20, "--output", out]
+    status, printed, errors = call(visualize, tmp_path / "a" / "photo.png", *args)
+    assert status == 0 and not errors
+    assert printed.startswith(f"{models[0]}: 52.00% of 25 patches")  # 13 of 25
+    one = np.asarray(Image.open(out / "photo_features.png").convert("RGB")).astype(int)
     assert two.shape[1] == 2 * one.shape[1] and two.shape[0] > 1.5 * one.shape[0]
     # The outlier shines in the map of norms, the third column, and it alone: it is a 25th of that.
-    yellow = (abs(one.astype(int) - [253, 231, 37]).max(axis=2) < 3).sum(axis=0)
+    yellow = (abs(one - [253, 231, 37]).max(axis=2) < 3).sum(axis=0)
     columns = yellow.reshape(4, -1).sum(axis=1)
     assert columns.argmax() == 2 and columns[2] == pytest.approx((one.shape[1] / 4) ** 2 / 25, rel=0.15)
+    # All rows have one scale of norms: beside that outlier, those of the other model are dark.
+    width = two.shape[1] // 8
+    lower = two[two.shape[0] * 6 // 10 : two.shape[0] * 8 // 10, 2 * width + width // 5 : 3 * width - width // 5]
+    assert abs(lower - [68, 1, 84]).max() < 15
 
 
-@pytest.mark.parametrize("script", ["visualize", "find_objects"])
+def test_maps_are_written_as_arrays(tmp_path, call):
+    model = random_model(TINY)
+    dinoreg.save(model, tmp_path / "tiny.safetensors")
+    for name, size in (("a", (24, 16)), ("b", (16, 24))):
+        random_photo(*size).save(tmp_path / f"{name}.png")
+    args = [tmp_path / "a.png", tmp_path / "b.png", "--model", tmp_path / "tiny.safetensors", "--npy", "-o", tmp_path]
+    colours = []
+    for per_photo in ([], ["--per-photo"]):
+        status, _, errors = call(visualize, *args, *per_photo)
+        assert status == 0 and not errors
+        expected = [
+            visualize.see(model, preprocess(tmp_path / f"{name}.png", 20, True, 4, transform=model.transform))
+            for name in "ab"
+        ]
+        for group in ([maps] for maps in expected) if per_photo else [expected]:
+            visualize.add_colours(group)
+        for name, maps in zip("ab", expected):
+            for kind in ("features", "norms", "attention", "colours"):
+                array = np.load(tmp_path / f"{name}_tiny_{kind}.npy")
+                assert np.allclose(array, maps[kind], atol=1e-5), kind
+        colours.append(np.load(tmp_path / "b_tiny_colours.npy"))
+    assert not np.allclose(*colours, atol=0.05)
+    (tmp_path / "other").mkdir()
+    dinoreg.save(model, tmp_path / "other" / "tiny.safetensors")
+    models = ["--model", tmp_path / "tiny.safetensors", tmp_path / "other" / "tiny.safetensors"]
+    status, _, (error,) = call(visualize, tmp_path / "a.png", *models, "--npy", "-o", tmp_path)
+    assert status == 2 and "give models of different names" in error
+
+
+@pytest.mark.parametrize("script", [visualize, explore, find_objects])
 @pytest.mark.parametrize(
     "model, size, reason",
     [("none.pth", 20, "no such file"), ("bad.pth", 20, "not a checkpoint"), ("tiny.safetensors", 3, "at least 4")],
 )
-def test_what_cannot_start_says_why_in_a_line(tmp_path, script, model, size, reason):
+def test_what_cannot_start_says_why_in_a_line(tmp_path, call, script, model, size, reason):
     random_photo(20, 20).save(tmp_path / "photo.png")
     (tmp_path / "bad.pth").write_text("no weights")
     dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
-    args = ["--model", tmp_path / model, "--size", size, "--output", tmp_path / "out"]
-    result = run(f"{script}.py", tmp_path / "photo.png", *args)
-    (line,) = errors(result, script)
-    assert result.returncode == 2 and reason in line and not result.stdout
+    args = ["--model", tmp_path / model, "--resolution", size, "--output", tmp_path / "out"]
+    status, printed, (line,) = call(script, tmp_path / "photo.png", *args)
+    assert status == 2 and reason in line and not printed
     assert not (tmp_path / "out").exists()
 
 
@@ -181,24 +256,73 @@ def test_what_cannot_start_says_why_in_a_line(tmp_path, script, model, size, rea
 def test_foreground_of_the_cup():
     photo = EXAMPLES / "images" / "coffee.jpg"
     maps = visualize.see(dinoreg.load(SALIENCY_WEIGHTS), preprocess(photo, 336, keep_aspect=True))
-    foreground = maps["principal components"].any(dim=2)  # (20, 29)
+    visualize.add_colours([maps])
+    foreground = maps["colours"].any(dim=2)  # (20, 29)
     assert foreground[5:18, 8:20].float().mean() > 0.95
     assert foreground[:, :3].float().mean() < 0.05 and foreground[:, -5:].float().mean() < 0.05
-    assert maps["norm"].max() < common.OUTLIER * maps["norm"].median()
+    assert maps["norms"].max() < common.OUTLIER * maps["norms"].median()
 
 
-@pytest.mark.parametrize("script", ["visualize", "find_objects", "explore"])
-def test_a_stride_makes_the_grid_denser(tmp_path, script):
+@pytest.mark.parametrize("script", [visualize, find_objects, explore])
+def test_a_stride_makes_the_grid_denser(tmp_path, call, script):
     model, x = common.set_stride(random_model(TINY), 2), torch.randn(3, 12, 20)
-    assert visualize.see(model, x)["norm"].shape == (5, 9)
+    assert visualize.see(model, x)["norms"].shape == (5, 9)
     assert find_objects.last_attention(model, x)["keys"].shape == (45, 32)
     dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
     random_photo(40, 24).save(tmp_path / "photo.png")
-    args = [tmp_path / "photo.png", "--model", tmp_path / "tiny.safetensors", "--size", 20]
-    output = tmp_path / "page.html" if script == "explore" else tmp_path
-    assert run(f"{script}.py", *args, "--stride", 2, "--output", output).returncode == 0
-    result = run(f"{script}.py", *args, "--stride", 3, "--output", output)
-    assert result.returncode == 2 and "--stride must be a divisor of the patch size, 4, got 3" in result.stderr
+    args = [tmp_path / "photo.png", "--model", tmp_path / "tiny.safetensors", "--resolution", 20]
+    output = tmp_path / "page.html" if script is explore else tmp_path
+    assert call(script, *args, "--stride", 2, "--output", output)[0] == 0
+    status, _, (error,) = call(script, *args, "--stride", 3, "--output", output)
+    assert status == 2 and "--stride must be a divisor of the patch size, 4, got 3" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# explore.py
+
+
+def cosine_error(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest difference of a cosine between all pairs of rows of x (M, D) and those of y (M, K)."""
+    own, kept = (F.cosine_similarity(z[:, None], z[None], dim=2) for z in (x, y.float()))
+    return (own - kept).abs().max().item()
+
+
+def test_compressed_features_keep_the_cosines():
+    torch.manual_seed(0)
+    x = torch.randn(300, 64) * 0.9 ** torch.arange(64) + 0.1
+    compressed, error = explore.compress(x)
+    assert compressed.dtype == torch.int8 and compressed.shape[1] < 64
+    assert abs(cosine_error(x, compressed) - error) < 1e-5
+    assert error <= explore.TOLERANCE < cosine_error(x, compressed[:, :-1])
+
+
+def test_the_patches_that_lose_most_have_the_largest_error(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(600, 48) * 0.9 ** torch.arange(48) + 0.1
+    x[::50] += torch.randn(12, 48) * 0.4  # a few are unlike all others
+    expected = explore.compress(x)[0]
+    monkeypatch.setattr(explore, "CHECKED", 60)
+    compressed, error = explore.compress(x)
+    assert torch.equal(compressed, expected) and abs(cosine_error(x, compressed) - error) < 1e-5
+
+
+@pytest.mark.parametrize("count, dim", [(1, 8), (3, 8), (5, 1)])
+def test_few_features_are_compressed(count, dim):
+    torch.manual_seed(0)
+    compressed, error = explore.compress(torch.randn(count, dim))
+    assert len(compressed) == count and error <= explore.TOLERANCE
+
+
+def test_exploring_goes_on_after_a_bad_image(tmp_path, call):
+    (tmp_path / "broken.png").write_text("no image")
+    two, page, model = HERE / "images" / "two.png", tmp_path / "page.html", HERE / "digits.safetensors"
+    status, _, (error,) = call(explore, two, tmp_path / "broken.png", "--model", model, "-o", page)
+    assert status == 1 and "broken.png: cannot identify" in error and page.exists()
+    page.unlink()
+    status, _, (error,) = call(explore, tmp_path / "broken.png", "--model", model, "-o", page)
+    assert status == 1 and not page.exists()
+    status, _, (error,) = call(explore, two, "--model", model, "--layers", 3, "-o", page)
+    assert status == 2 and "--layers must be among the 3 blocks" in error and not page.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +401,7 @@ def test_keys_queries_and_values_are_those_of_the_last_block(config):
         assert torch.allclose(features[name], expected[:, 32 * i : 32 * (i + 1)], atol=1e-5)
 
 
-def test_finding_objects_says_where_and_draws_it(tmp_path):
+def test_finding_objects_says_where_and_draws_it(tmp_path, call):
     model = random_model(TINY)
     dinoreg.save(model, tmp_path / "tiny.safetensors")
     photo = random_photo(96, 64)
@@ -287,11 +411,11 @@ def test_finding_objects_says_where_and_draws_it(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise to stand upright
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     images, out = [tmp_path / name for name in ("photo.png", "text.png", "turned.png", "none.png")], tmp_path / "out"
-    args = ["--model", tmp_path / "tiny.safetensors", "--size", 40, "--output", out, "--features", "keys"]
+    args = ["--model", tmp_path / "tiny.safetensors", "--resolution", 40, "--output", out, "--features", "keys"]
 
-    result = run("find_objects.py", *images, *args)
-    assert result.returncode == 1
-    assert [line.split(": ")[1] for line in errors(result, "find_objects")] == [str(images[1]), str(images[3])]
+    status, printed, errors = call(find_objects, *images, *args)
+    assert status == 1
+    assert [line.split(": ")[1] for line in errors] == [str(images[1]), str(images[3])]
     x = preprocess(photo, 40, keep_aspect=True, patch_size=4)
     keys = find_objects.last_attention(model, x)["keys"]
     gram = keys @ keys.T
@@ -300,7 +424,7 @@ def test_finding_objects_says_where_and_draws_it(tmp_path):
     box = find_objects.find_box(mask, 96, 64)
     left, top, right, bottom = box
     assert (right - left) * (bottom - top) < 96 * 64  # or all would be one
-    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+    assert [json.loads(line) for line in printed.splitlines()] == [
         {"image": str(images[0]), "box": box},
         {"image": str(images[2]), "box": box},
     ]
@@ -319,24 +443,25 @@ def test_finding_objects_says_where_and_draws_it(tmp_path):
 
 
 @pytest.mark.parametrize("bias, box", [(1, [0, 0, 96, 64]), (-9, None)])
-def test_with_a_bias_all_patches_are_alike_or_none_is(tmp_path, bias, box):
+def test_with_a_bias_all_patches_are_alike_or_none_is(tmp_path, call, bias, box):
     dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
     photo = random_photo(96, 64)
     photo.save(tmp_path / "photo.png")
-    args = ["--features", "keys", "--bias", bias, "--model", tmp_path / "tiny.safetensors", "--size", 40]
-    result = run("find_objects.py", tmp_path / "photo.png", *args, "--output", tmp_path)
-    assert json.loads(result.stdout) == {"image": str(tmp_path / "photo.png"), "box": box}
+    args = ["--features", "keys", "--bias", bias, "--model", tmp_path / "tiny.safetensors", "--resolution", 40]
+    _, printed, _ = call(find_objects, tmp_path / "photo.png", *args, "--output", tmp_path)
+    assert json.loads(printed) == {"image": str(tmp_path / "photo.png"), "box": box}
     same = (np.asarray(Image.open(tmp_path / "photo_object.png")) == photo).all(axis=2)
     assert same[2:-2, 2:-2].mean() == (1 if box else 0)
 
 
 @needs_saliency_weights
 @pytest.mark.parametrize("features", ["values", "queries", "keys"])
-def test_objects_found_with_fine_tuned_weights(tmp_path, features):
+def test_objects_found_with_fine_tuned_weights(tmp_path, call, features):
     images = [EXAMPLES / "images" / name for name in ("astronaut.jpg", "coffee.jpg", "chelsea.jpg")]
-    result = run("find_objects.py", *images, "--model", SALIENCY_WEIGHTS, "--features", features, "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
-    face, cup, _ = (json.loads(line)["box"] for line in result.stdout.splitlines())
+    args = ["--model", SALIENCY_WEIGHTS, "--features", features, "--output", tmp_path]
+    status, printed, errors = call(find_objects, *images, *args)
+    assert status == 0 and not errors
+    face, cup, _ = (json.loads(line)["box"] for line in printed.splitlines())
     assert face[0] < 160 and face[1] < 40 and face[2] > 270 and face[3] > 200  # contains the head
     if features != "keys":  # which see all of her, and the flag
         assert 0.1 < (face[2] - face[0]) * (face[3] - face[1]) / 512**2 < 0.3
