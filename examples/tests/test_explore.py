@@ -1,15 +1,14 @@
-"""Tests of examples/explore.py in a headless Chromium.
+"""Tests of the page that examples/explore.py writes, in a headless Chromium.
 
     pip install -e ".[browser,examples,test]"
-    python -m pytest examples/tests/test_explore.py
+    python -m pytest -m slow examples/tests/test_explore.py
 
-Those of the page are skipped without Debian's chromium and chromium-driver.
+They are skipped without Debian's chromium and chromium-driver.
 """
 
-import os
+import contextlib
+import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,8 @@ import common
 import explore
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needs_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
+no_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
+pytestmark = [pytest.mark.slow, no_chromium]
 
 DIGITS = HERE / "digits.safetensors"  # patch size 4, 3 blocks, 4 registers
 SIZE = 56  # pixels: 14 x 14 patches of 4 pixels, 8 x 8 of 7
@@ -39,10 +39,11 @@ NAMES = ["<script>document.title='run'<.png", '"><img src=x onerror=alert(1)>&am
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
-def run(*args) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, HERE / "explore.py", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+def write_page(*args) -> str:
+    """Run the script in this process, without an error; return what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert explore.main([*map(str, args)]) == 0
+    return out.getvalue()
 
 
 def save_random_model(path: Path) -> None:
@@ -67,10 +68,9 @@ def folder(tmp_path_factory) -> Path:
     models = [DIGITS, folder / "random.safetensors"]
     images = [folder / name for name in NAMES]
     page = folder / "page.html"
-    result = run(*images, "--model", *models, "--layers", 0, -1, "--size", SIZE, "-o", page)
-    assert result.returncode == 0, result.stderr
-    assert f"{page}: {page.stat().st_size:,} bytes" in result.stdout
-    assert result.stdout.count("largest cosine error 0.0") == 2
+    out = write_page(*images, "--model", *models, "--layers", 0, -1, "--resolution", SIZE, "-o", page)
+    assert f"{page}: {page.stat().st_size:,} bytes" in out
+    assert out.count("largest cosine error 0.0") == 2
     return folder
 
 
@@ -120,7 +120,8 @@ def choose(browser, name: str, value: str) -> None:
     script = """
         const [name, value] = arguments;
         const node = form.elements[name];
-        node.value = value;
+        if (node.type === "checkbox") node.checked = value === "true";
+        else node.value = value;
         form.dispatchEvent(new Event("input", { bubbles: true }));
     """
     browser.execute_script(script, name, value)
@@ -163,7 +164,6 @@ def assert_cosines(browser, query: torch.Tensor, patches: list[torch.Tensor]) ->
 # The page
 
 
-@needs_chromium
 def test_similarity_is_that_of_the_models_features(browser, folder):
     for index, source in enumerate([DIGITS, folder / "random.safetensors"]):
         model = common.load_backbone(source)
@@ -174,19 +174,18 @@ def test_similarity_is_that_of_the_models_features(browser, folder):
         row, column = int(0.7 * w), int(0.3 * w)
         query = patches[1][row * w + column]
         assert_cosines(browser, query, patches)
-        assert text(browser, "status") == f"{NAMES[1]}, row {row + 1}, column {column + 1}: 1.00"
+        assert text(browser, "status") == f"1.00 at row {row + 1}, column {column + 1} of {NAMES[1]}"
 
         notes = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "figcaption span + span")]
         circles = browser.find_elements(By.CSS_SELECTOR, ".match")
         assert notes[1] == "" and len(circles) == 2
         for photo, circle in zip((0, 2), circles):
             cosines = F.cosine_similarity(query[None], patches[photo])
-            assert abs(float(notes[photo].removeprefix("best match ")) - cosines.max()) < explore.TOLERANCE + 0.006
+            assert abs(float(notes[photo].removeprefix("best ")) - cosines.max()) < explore.TOLERANCE + 0.006
             column, row = (int(float(circle.get_attribute(name))) for name in ("cx", "cy"))
             assert cosines[row * w + column] > cosines.max() - 2 * explore.TOLERANCE
 
 
-@needs_chromium
 def test_overlay_has_the_colours_of_the_values(browser):
     move(browser, 0, 0.5, 0.5)
     choose(browser, "colours", "grey")
@@ -196,7 +195,6 @@ def test_overlay_has_the_colours_of_the_values(browser):
     assert (pixels[:, 3] == 255).all()
 
 
-@needs_chromium
 def test_click_pins_drag_takes_the_mean_and_escape_lets_go(browser, folder):
     patches = features(folder, common.load_backbone(DIGITS))
     release = browser.find_element(By.ID, "release")
@@ -206,7 +204,7 @@ def test_click_pins_drag_takes_the_mean_and_escape_lets_go(browser, folder):
     move(browser, 2, 0.6, 0.6)
     assert drawn(browser) == before and release.is_displayed()
     cosine = F.cosine_similarity(patches[0][4 * 14 + 4], patches[2][8 * 14 + 8], dim=0)
-    assert abs(float(text(browser, "status").split()[-1]) - cosine) < explore.TOLERANCE + 0.006
+    assert abs(float(text(browser, "status").split()[1]) - cosine) < explore.TOLERANCE + 0.006
 
     move(browser, 0, 0.25, 0.53, release=False)
     move(browser, 0, 0.75, 0.53, release=True)
@@ -223,13 +221,12 @@ def test_click_pins_drag_takes_the_mean_and_escape_lets_go(browser, folder):
     assert len(browser.find_elements(By.CSS_SELECTOR, ".patch")) == 1
 
 
-@needs_chromium
 def test_keyboard_alone(browser):
     def press(*keys):
         webdriver.ActionChains(browser).send_keys(*keys).perform()
         settle(browser)
 
-    views = browser.find_element(By.CSS_SELECTOR, "#views input")
+    views = browser.find_element(By.CSS_SELECTOR, "#views input:checked")
     browser.execute_script("arguments[0].focus()", views)
     press(Keys.ARROW_RIGHT)
     assert "Principal components" in text(browser, "about")
@@ -239,9 +236,9 @@ def test_keyboard_alone(browser):
             break
         press(Keys.TAB)
     press(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
-    assert f"{NAMES[0]}, row 9, column 9" in text(browser, "status")
+    assert f" at row 9, column 9 of {NAMES[0]}" in text(browser, "status")
     press(Keys.ENTER)
-    assert text(browser, "status").startswith("Pinned.")
+    assert text(browser, "status").startswith("Pinned: ")
     webdriver.ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ARROW_LEFT).key_up(Keys.SHIFT).perform()
     settle(browser)
     assert len(browser.find_elements(By.CSS_SELECTOR, ".patch")) == 2
@@ -249,23 +246,28 @@ def test_keyboard_alone(browser):
     assert text(browser, "status") == "No patch is selected."
 
 
-@needs_chromium
 def test_every_switch_changes_what_is_drawn(browser):
     move(browser, 0, 0.5, 0.5)
     seen = [drawn(browser)]
-    switches = [("view", "components"), ("view", "norms"), ("view", "attention"), ("layer", "1"), ("token", "2")]
-    switches += [("head", "1"), ("opacity", "40"), ("colours", "viridis"), ("interpolation", "none"), ("model", "1")]
+    switches = [
+        ("view", "photo"),
+        ("view", "components"),
+        ("view", "norms"),
+        ("view", "attention"),
+        ("layer", "0"),
+        ("token", "2"),
+    ]
+    switches += [("head", "1"), ("opacity", "40"), ("colours", "viridis"), ("smooth", "false"), ("model", "1")]
     for name, value in switches:
         choose(browser, name, value)
         seen.append(drawn(browser))
     assert len(set(seen)) == len(seen)
 
 
-@needs_chromium
 def test_attention_and_norms_are_those_of_the_model(browser, folder):
     model = common.load_backbone(DIGITS)
     choose(browser, "view", "attention")
-    choose(browser, "layer", "1")
+    assert "block 3 of 3" in text(browser, "about")  # the page opens on the last block
     choose(browser, "token", "3")
     with torch.inference_mode():
         own = [model.attention_maps(x)[0, :, 3].flatten(1) for x in inputs(folder, model)]
@@ -288,7 +290,6 @@ def test_attention_and_norms_are_those_of_the_model(browser, folder):
     assert {(mark.get_attribute("x"), mark.get_attribute("y")) for mark in marks} == {("3", "1")}
 
 
-@needs_chromium
 def test_names_are_text_and_nothing_is_fetched(browser):
     captions = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "figcaption span:first-child")]
     assert captions == NAMES
@@ -297,18 +298,65 @@ def test_names_are_text_and_nothing_is_fetched(browser):
     assert all(name.startswith("data:") for name in resources)
 
 
-@needs_chromium
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_is_wider_than_the_window(browser, width):
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    for view in ("similarity", "components", "attention", "norms"):
+    for view in ("photo", "similarity", "components", "attention", "norms"):
         choose(browser, "view", view)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-@needs_chromium
+def test_the_photo_alone(browser):
+    move(browser, 0, 0.5, 0.5)
+    choose(browser, "view", "photo")
+    script = """
+        const canvases = [...document.querySelectorAll(".photo canvas")].map((node) => node.style.opacity);
+        const filters = [...document.querySelectorAll(".photo img")].map((node) => getComputedStyle(node).filter);
+        return [...canvases, ...filters, document.querySelectorAll(".photo svg *").length];
+    """
+    assert browser.execute_script(script) == ["0"] * 3 + ["none"] * 3 + [0]
+
+
+@pytest.mark.parametrize("width, height", [(360, 640), (1200, 800)])
+def test_controls_stay_in_sight_and_photos_form_even_rows(driver, tmp_path, width, height):
+    sides = [(120, 60), (60, 120), (90, 90), (160, 50), (70, 100), (100, 70), (50, 110)] * 3
+    for i, side in enumerate(sides):
+        Image.new("RGB", side, (9 * i, 90, 90)).save(tmp_path / f"photo {i:02} of a rather long name.png")
+    page = tmp_path / "page.html"
+    write_page(tmp_path, "--model", DIGITS, "--resolution", 32, "-o", page)
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    driver.get(page.as_uri())
+    settle(driver)
+    script = """
+        const box = ({ top, left, right, height }) => [top, left, right, height];
+        const nodes = [document.getElementById("photos"), ...document.querySelectorAll(".photo")];
+        return nodes.map((node) => box(node.getBoundingClientRect()));
+    """
+    (_, left, right, _), *boxes = driver.execute_script(script)
+    rows = [[box for box in boxes if box[0] == top] for top in sorted({box[0] for box in boxes})]
+    assert len(rows) > 2
+    for row in rows:
+        assert row[0][1] == pytest.approx(left, abs=1)
+        assert [box[3] for box in row] == pytest.approx([row[0][3]] * len(row), abs=1.5)
+        if row is not rows[-1]:
+            assert row[-1][2] == pytest.approx(right, abs=1)
+
+    driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    settle(driver)
+    for view in ("similarity", "attention"):
+        choose(driver, "view", view)
+        controls = driver.find_elements(By.CSS_SELECTOR, "#bar label, #bar select, #status, #ramp")
+        bottoms = [node.rect["y"] + node.rect["height"] for node in controls if node.is_displayed()]
+        scrolled = driver.execute_script("return window.scrollY")
+        assert scrolled > 0 and len(bottoms) > 8
+        assert min(node.rect["y"] for node in controls if node.is_displayed()) >= scrolled
+        assert max(bottoms) < scrolled + height / 3
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_move_is_drawn_within_a_frame(driver, tmp_path):
     torch.manual_seed(0)
     model = DinoVisionTransformer(Config(embed_dim=384, depth=1, patch_size=4, image_size=148))
@@ -316,7 +364,7 @@ def test_a_move_is_drawn_within_a_frame(driver, tmp_path):
     for i in range(4):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (148, 148, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     page = tmp_path / "page.html"
-    assert run(tmp_path, "--model", tmp_path / "model.safetensors", "-o", page).returncode == 0
+    write_page(tmp_path, "--model", tmp_path / "model.safetensors", "-o", page)
     driver.get(page.as_uri())
     script = """
         const times = [];
@@ -332,37 +380,3 @@ def test_a_move_is_drawn_within_a_frame(driver, tmp_path):
     milliseconds = driver.execute_script(script)
     print(f"{milliseconds:.1f} ms")
     assert milliseconds < 16
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
-
-
-def test_compressed_features_keep_the_cosines():
-    torch.manual_seed(0)
-    x = torch.randn(300, 64) * 0.9 ** torch.arange(64) + 0.1
-    compressed, error = explore.compress(x)
-    assert compressed.dtype == torch.int8 and compressed.shape[1] < 64
-    own, kept = (F.cosine_similarity(y[:, None], y[None], dim=2) for y in (x, compressed.float()))
-    assert abs((own - kept).abs().max().item() - error) < 1e-5
-    assert error <= explore.TOLERANCE < explore.cosine_error(x, compressed[:, :-1].float())
-
-
-@pytest.mark.parametrize("count, dim", [(1, 8), (3, 8), (5, 1)])
-def test_few_features_are_compressed(count, dim):
-    torch.manual_seed(0)
-    compressed, error = explore.compress(torch.randn(count, dim))
-    assert len(compressed) == count and error <= explore.TOLERANCE
-
-
-def test_bad_input_is_reported(tmp_path):
-    (tmp_path / "broken.png").write_text("no image")
-    page = tmp_path / "page.html"
-    result = run(HERE / "images" / "two.png", tmp_path / "broken.png", "--model", DIGITS, "-o", page)
-    assert result.returncode == 1 and "broken.png: cannot identify" in result.stderr and page.exists()
-    page.unlink()
-    result = run(tmp_path / "broken.png", "--model", DIGITS, "-o", page)
-    assert result.returncode == 1 and not page.exists() and "Traceback" not in result.stderr
-    result = run(HERE / "images" / "two.png", "--model", DIGITS, "--layers", 3, "-o", page)
-    assert result.returncode == 2 and "layer must be one or more of the 3 blocks" in result.stderr
-    assert "Traceback" not in result.stderr
