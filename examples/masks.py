@@ -15,8 +15,7 @@ import dinoreg
 IGNORED = 255  # the value of pixels without a class in all masks in memory
 GAP = 4  # pixels between the photos of a picture
 
-Colour = tuple[int, int, int]
-Classes = dict[str, Colour]  # in the order of their indices; there are K
+Classes = dict[str, tuple[int, int, int]]  # the colours of K classes, in the order of their indices
 
 
 def read_classes(path: Path) -> Classes:
@@ -26,17 +25,15 @@ def read_classes(path: Path) -> Classes:
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file of class names in UTF-8") from None
     parts = [re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line).groups() for line in lines]
-    names = [name for name, _ in parts]
-    if not 2 <= len(names) <= IGNORED or len(set(names)) < len(names):
+    classes = {name: tuple(bytes.fromhex(colour)) if colour else default_colour(i) for i, (name, colour) in enumerate(parts)}
+    if not 2 <= len(classes) <= IGNORED or len(classes) < len(lines):
         raise ValueError(f"{path}: must hold 2 to {IGNORED} different class names, one per line")
-    colours = [tuple(bytes.fromhex(colour)) if colour else None for _, colour in parts]
-    return {name: colour or default_colour(i) for i, (name, colour) in enumerate(zip(names, colours))}
+    return classes
 
 
-def default_colour(i: int) -> Colour:
+def default_colour(i: int) -> tuple[int, ...]:
     """A bright colour for class i; the hues advance by the golden ratio, which keeps any number of them apart."""
-    red, green, blue = colorsys.hsv_to_rgb(i * 0.618 % 1, 0.75, 0.95)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.75, 0.95))
 
 
 def name_classes(count: int, mask: Path) -> Classes:
@@ -73,11 +70,10 @@ def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> 
     if mode in ("RGB", "RGBA"):
         if classes is None:
             raise ValueError(f"{path}: a mask of colours needs --classes, a file with a name and a colour on each line")
+        known = {int.from_bytes(colour, "big"): i for i, colour in enumerate(classes.values())}
         values, pixels = np.unique(pixels[..., :3] @ [65536, 256, 1], return_inverse=True)
-        known = {red * 65536 + green * 256 + blue: i for i, (red, green, blue) in enumerate(classes.values())}
-        for value in values.tolist():
-            if value not in known:
-                raise ValueError(f"{path}: no class has the colour #{value:06x}")
+        for value in set(values.tolist()) - set(known):
+            raise ValueError(f"{path}: no class has the colour #{value:06x}")
         pixels = np.array([known[value] for value in values.tolist()])[pixels.reshape(height, width)]
     if pixels.ndim != 2 or pixels.dtype.kind == "f":
         raise ValueError(f"{path}: a mask holds class indices or RGB colours, not pixels of mode {mode}")
@@ -89,16 +85,18 @@ def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> 
 
 
 def write_mask(mask: np.ndarray, path: Path, classes: Classes) -> None:
+    """Write a mask as a PNG file with the colours of the classes as its palette; the rest of that is white."""
     image = Image.fromarray(mask)
-    image.putpalette([value for colour in classes.values() for value in colour])
+    image.putpalette(bytes(value for colour in classes.values() for value in colour).ljust(768, b"\xff"))
     with dinoreg.atomic(path) as part:
         image.save(part)
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, K: int) -> np.ndarray:
-    """Pixels (K, K) of each true class, by predicted class; ignored ones are left out."""
+    """Pixels (K, K + 1) of each true class, by predicted class or none; those that the truth ignores are left out."""
     valid = truth != IGNORED
-    return np.bincount(truth[valid].astype(int) * K + predicted[valid], minlength=K * K).reshape(K, K)
+    pairs = truth[valid].astype(int) * (K + 1) + predicted[valid].clip(max=K)
+    return np.bincount(pairs, minlength=K * (K + 1)).reshape(K, K + 1)
 
 
 def score(confusions: np.ndarray, classes: Classes) -> dict:
@@ -106,14 +104,14 @@ def score(confusions: np.ndarray, classes: Classes) -> dict:
     if not confusions.any():
         raise ValueError("the masks to compare with have no labelled pixels")
     right = confusions.diagonal()
-    union = confusions.sum(axis=0) + confusions.sum(axis=1) - right
+    union = confusions.sum(axis=0)[:-1] + confusions.sum(axis=1) - right
     iou = {name: r / u if u else None for name, r, u in zip(classes, right.tolist(), union.tolist())}
     mean = np.mean([x for x in iou.values() if x is not None]).item()
     return {"mean_iou": mean, "pixel_accuracy": (right.sum() / confusions.sum()).item(), "iou": iou}
 
 
 def overlay(photo: Image.Image, mask: np.ndarray, classes: Classes) -> Image.Image:
-    """The photo tinted in the colours of its classes; ignored pixels stay as they are."""
+    """The photo tinted in the colours of its classes; pixels without a class stay as they are."""
     indices = np.asarray(Image.fromarray(mask).resize(photo.size, Image.Resampling.NEAREST))
     colours = np.array([*classes.values()], np.uint8)[indices.clip(max=len(classes) - 1)]
     tinted = Image.blend(photo, Image.fromarray(colours), 0.5)
@@ -125,26 +123,20 @@ def draw(
 ) -> Image.Image:
     """Photos side by side, under their masks, above a legend of the classes that occur; at most `width` pixels wide."""
     aspects = [photo.width / photo.height for photo, _ in views]
-    height = min(photo.height for photo, _ in views)
     gaps = GAP * (len(views) - 1)
-    height = min(height, max(1, int((width - gaps) / sum(aspects))))
+    height = min(max(1, int((width - gaps) / sum(aspects))), *(photo.height for photo, _ in views))
     panels = [photo.resize((round(height * aspect), height)) for (photo, _), aspect in zip(views, aspects)]
-    width = sum(panel.width for panel in panels) + gaps
-    font, places, x, y = ImageFont.load_default(14), [], 8, height + 8
-    for name, share in shares.items():
-        if share:
-            text = f"{name} {share:.1%}"
-            length = 20 + font.getlength(text)
-            if x > 8 and x + length > width:
-                x, y = 8, y + 22
-            places.append((x, y, text, classes[name]))
-            x += length + 16
-    picture = Image.new("RGB", (width, y + 24), "white")
-    left, pen = 0, ImageDraw.Draw(picture)
+    picture = Image.new("RGB", (sum(panel.width for panel in panels) + gaps, height + 22 * len(shares) + 32), "white")
+    pen, font, left, x, y = ImageDraw.Draw(picture), ImageFont.load_default(14), 0, 8, height + 8
     for panel, (_, mask) in zip(panels, views):
         picture.paste(panel if mask is None else overlay(panel, mask, classes), (left, 0))
         left += panel.width + GAP
-    for x, y, text, colour in places:
-        pen.rectangle((x, y, x + 13, y + 13), fill=colour, outline="black")
+    for name in filter(shares.get, shares):
+        text = f"{name} {shares[name]:.1%}"
+        length = 20 + font.getlength(text)
+        if x > 8 and x + length > picture.width:
+            x, y = 8, y + 22
+        pen.rectangle((x, y, x + 13, y + 13), fill=classes[name], outline="black")
         pen.text((x + 20, y - 2), text, fill="black", font=font)
-    return picture
+        x += length + 16
+    return picture.crop((0, 0, picture.width, y + 24))

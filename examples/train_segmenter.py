@@ -11,15 +11,15 @@ their index and have the colours of the palette of the first mask.
 The protocol is that of the official linear evaluation (dinov2/eval/segmentation): batch norm and a linear layer on the
 normalised patch tokens of the last block or of the last four, logits upsampled bilinearly, cross entropy, and AdamW with
 a short warm-up and a linear decay. Photos keep their aspect ratio and are not augmented, so that the backbone runs once:
-its features are cached in float16, one memory-mapped file per photo. Training is much shorter than the official 40,000
-steps, at ten times the learning rate. A fifth of the photos is held out, unless --val names others; the predicted masks
-are compared with theirs at full resolution.
+its features are cached in float16. Training is much shorter than the official 40,000 steps, at ten times the learning
+rate. A fifth of the photos is held out, unless --val names others; masks are compared with theirs at full resolution.
 """
 
 import argparse
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,8 @@ from tqdm import tqdm
 import common
 import dinoreg
 from masks import IGNORED, Classes, confusion, name_classes, read_classes, read_mask, score
-from segment import Segmenter, classify_pixels, patch_features, save, upsample
+from segment import Segmenter, classify_pixels, patch_features, save
+from visualize import set_resolution
 
 BATCH = 8  # photos in a step
 LEARNING_RATE = 0.01
@@ -42,37 +43,32 @@ Pair = tuple[Path, Path]  # a photo and its mask
 
 def find_pairs(images: Path, masks: Path, classes: Classes | None, ignore: int) -> tuple[list[Pair], list[str], int]:
     """Photos and their masks, what is wrong with others, and the number of classes that the masks' indices imply."""
-
-    def largest_index(pair: Pair) -> int | str:
-        photo, mask = pair
-        try:
-            indices = read_mask(mask, photo, classes, ignore)
-        except ValueError as error:
-            return str(error)
-        return int(indices[indices != IGNORED].max(initial=0))
-
-    if images.resolve() == masks.resolve():
-        raise ValueError(f"{images}: photos and masks must be in different folders")
-    files = []
     for folder in (images, masks):
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
-        inside = [path for path in dinoreg.find_images([folder]) if path != folder]
-        files.append({path.relative_to(folder).with_suffix(""): path for path in inside})
-    photos, found = files
-    errors = [f"{photos[name]}: no mask of this name in {masks}" for name in photos if name not in found]
-    errors += [f"{found[name]}: no photo of this name in {images}" for name in found if name not in photos]
-    pairs = [(photos[name], found[name]) for name in photos if name in found]
-    results = [x for part in common.read_ahead(largest_index, common.split_batches(pairs, BATCH)) for x in part]
-    errors += [x for x in results if isinstance(x, str)]
-    pairs = [pair for pair, x in zip(pairs, results) if isinstance(x, int)]
-    return pairs, errors, 1 + max((x for x in results if isinstance(x, int)), default=0)
+    if images.resolve() == masks.resolve():
+        raise ValueError(f"{images}: photos and masks must be in different folders")
+    photos, found = ({path for path in dinoreg.find_images([folder])} - {folder} for folder in (images, masks))
+    pairs = [(photo, masks / photo.relative_to(images).with_suffix(".png")) for photo in sorted(photos)]
+    errors = [f"{mask}: no photo of this name in {images}" for mask in sorted(found - {mask for _, mask in pairs})]
+
+    def count_classes(pair: Pair) -> int:
+        try:
+            indices = read_mask(pair[1], pair[0], classes, ignore)
+        except ValueError as error:
+            errors.append(str(error))
+            return 0
+        return 1 + int(indices[indices != IGNORED].max(initial=0))
+
+    with ThreadPoolExecutor() as pool:
+        counts = list(pool.map(count_classes, pairs))
+    return [pair for pair, count in zip(pairs, counts) if count], errors, max(counts, default=0)
 
 
 def cache_features(
     backbone: dinoreg.DinoVisionTransformer, name: str, layers: int, photos: list[Path], folder: Path
 ) -> tuple[dict[Path, Path], list[str]]:
-    """A file of features (h, w, layers * D), float16, for each photo that can be read; and why others cannot be.
+    """A file of features (layers * D, h, w), float16, for each photo that can be read; and why others cannot be.
 
     Only what the folder does not hold is computed.
     """
@@ -80,96 +76,85 @@ def cache_features(
     files = {photo: folder / f"{common.feature_key(name, layers, size, [photo])}.safetensors" for photo in photos}
     new, errors = [photo for photo in photos if not files[photo].exists()], []
     folder.mkdir(exist_ok=True)
-
-    def read(photo: Path) -> Tensor | str:
-        return common.read_image(photo, size, True, backbone.patch_size, False, False, backbone.transform)
-
-    def compute(images: list[Tensor]) -> list[Tensor]:
-        return [patch_features(backbone, x[None].to(device), layers)[0].half().cpu() for x in images]
-
-    features = common.compute(compute, read, new, backbone.transform)
-    for photo, result in zip(new, tqdm(features, total=len(new), unit="image", disable=not new)):
-        if isinstance(result, str):
-            errors.append(f"{photo}: {result}")
+    for photo in tqdm(new, unit="image", disable=not new):
+        x = common.read_image(photo, None, True, backbone.patch_size, transform=backbone.transform)
+        if isinstance(x, str):
+            errors.append(f"{photo}: {x}")
             del files[photo]
         else:
-            dinoreg.write_tensors({"features": result}, files[photo], {"photo": str(photo)})
+            features = patch_features(backbone, x[None].to(device), layers)[0].half().cpu()
+            dinoreg.write_tensors({"features": features}, files[photo], {"photo": str(photo)})
     print(f"{folder}: {len(new) - len(errors)} photos computed, {len(photos) - len(new)} kept")
     return files, errors
 
 
 def read_features(path: Path) -> Tensor:
-    return dinoreg.read_tensors(path)[0]["features"].float()  # (h, w, layers * D)
+    return dinoreg.read_tensors(path)[0]["features"].float()  # (layers * D, h, w)
 
 
 def train(model: Segmenter, pairs: list[Pair], files: dict[Path, Path], ignore: int, steps: int) -> None:
     """Train the head on the cached features of photos and their masks, resized to the input of the model."""
     device, P = model.backbone.pos_embed.device, model.backbone.patch_size
 
-    def read(i: int) -> tuple[Tensor, Tensor]:
-        photo, mask_path = pairs[i]
+    def read(pair: Pair) -> tuple[Tensor, Tensor]:
+        photo, path = pair
         features = read_features(files[photo])
-        h, w, _ = features.shape
-        mask = Image.fromarray(read_mask(mask_path, photo, model.classes, ignore))
+        _, h, w = features.shape
+        mask = Image.fromarray(read_mask(path, photo, model.classes, ignore))
         mask = np.array(mask.resize((w * P, h * P), Image.Resampling.NEAREST))
-        return features, torch.from_numpy(mask).long()
+        return features, torch.from_numpy(mask)[None].long()
 
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, steps, pct_start=0.04, anneal_strategy="linear", cycle_momentum=False
     )
-    model.head.train()
     epochs = math.ceil(steps * BATCH / len(pairs))
-    order = torch.cat([torch.randperm(len(pairs)) for _ in range(epochs)]).tolist()
-    bar = tqdm(total=steps, unit="step")
-    for batch in common.read_ahead(read, common.split_batches(order[: steps * BATCH], BATCH)):
-        features, masks = ([tensor.to(device) for tensor in tensors] for tensors in zip(*batch))
-        logits = model.classify(torch.cat([x.flatten(0, 1) for x in features]))  # (all patches, K)
-        parts = logits.split([x.shape[0] * x.shape[1] for x in features])
-        loss = logits.new_zeros(())
-        for part, x, mask in zip(parts, features, masks):
-            pixels = upsample(part.unflatten(0, x.shape[:2]), mask.shape)  # (1, K, H, W)
-            loss = loss + F.cross_entropy(pixels, mask[None], ignore_index=IGNORED, reduction="sum")
+    order = [pairs[i] for _ in range(epochs) for i in torch.randperm(len(pairs)).tolist()][: steps * BATCH]
+    bar = tqdm(common.read_ahead(read, common.split_batches(order, BATCH)), total=steps, unit="step")
+    model.head.train()
+    for batch in bar:
+        features, masks = ([x.to(device) for x in part] for part in zip(*batch))
+        logits = model.head(torch.cat([x.flatten(1) for x in features], dim=1)[None, ..., None])  # (1, K, all patches, 1)
+        parts = [
+            part.unflatten(2, x.shape[1:])[..., 0]
+            for part, x in zip(logits.split([x[0].numel() for x in features], 2), features)
+        ]
+        pixels = [F.interpolate(part, mask.shape[1:], mode="bilinear") for part, mask in zip(parts, masks)]  # (1, K, H, W)
+        loss = sum(F.cross_entropy(*pair, ignore_index=IGNORED, reduction="sum") for pair in zip(pixels, masks))
         loss = loss / max(1, sum((mask != IGNORED).sum().item() for mask in masks))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.update()
         bar.set_postfix_str(f"loss {loss:.3f}")
-    bar.close()
     model.eval()
 
 
 @torch.inference_mode()
 def evaluate(model: Segmenter, pairs: list[Pair], files: dict[Path, Path], ignore: int) -> dict:
     """What `score` says of photos: masks at their full resolution, features from the cache."""
-    confusions = np.zeros((len(model.classes),) * 2, int)
+    confusions = 0
     for photo, mask in tqdm(pairs, unit="image"):
         truth = read_mask(mask, photo, model.classes, ignore)
-        features = read_features(files[photo]).to(model.backbone.pos_embed.device)
-        predicted = classify_pixels(model.classify(features), *truth.shape)
-        confusions += confusion(truth, predicted, len(model.classes))
+        (logits,) = model.head(read_features(files[photo])[None].to(model.backbone.pos_embed.device))
+        confusions = confusions + confusion(truth, classify_pixels(logits, *truth.shape), len(model.classes))
     return score(confusions, model.classes)
 
 
 def run(args: argparse.Namespace) -> int:
-    cache = args.cache or args.images.resolve().with_name(f"{args.images.resolve().name}.features")
     if args.output.suffix != ".safetensors" or not os.access(args.output.parent, os.W_OK):
         raise ValueError(f"{args.output}: must be a .safetensors file in a folder that can be written to")
     backbone = common.load_backbone(args.model, args.device)
-    if args.size < backbone.patch_size:
-        raise ValueError(f"--size must be at least {backbone.patch_size}, the side of a patch, got {args.size}")
     if args.layers > backbone.n_blocks:
         raise ValueError(f"--layers must be at most {backbone.n_blocks}, got {args.layers}")
-    common.set_size(backbone, args.size)  # the size that segment.py resizes to
-
+    set_resolution(backbone, args.resolution)  # segment.py does the same
     classes = read_classes(args.classes) if args.classes else None
     pairs, errors, count = find_pairs(args.images, args.masks, classes, args.ignore)
     held_out, more, other = find_pairs(*args.val, classes, args.ignore) if args.val else ([], [], 0)
     if pairs and not classes:
         classes = name_classes(max(count, other), pairs[0][1])
-    files, unreadable = cache_features(backbone, args.model, args.layers, [photo for photo, _ in pairs + held_out], cache)
+    folder = args.images.resolve().with_name(f"{args.images.resolve().name}.features")
+    files, unreadable = cache_features(backbone, args.model, args.layers, [photo for photo, _ in pairs + held_out], folder)
     for error in (errors := errors + more + unreadable):
         print(f"train_segmenter: {error}", file=sys.stderr)
     pairs, held_out = ([pair for pair in part if pair[0] in files] for part in (pairs, held_out))
@@ -195,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some photos or masks could not be used, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -205,15 +190,14 @@ def main() -> int:
     add("--classes", type=Path, metavar="FILE", help="class names: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels (default: %(default)s)")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
-    area = "side of a square with as many pixels as the resized photo"
-    add("--size", type=int, default=448, metavar="PIXELS", help=f"{area} (default: %(default)s)")
+    rule = "the whole photo is resized to as many pixels as a square of this side has"
+    add("--resolution", type=int, default=448, metavar="PIXELS", help=f"{rule} (default: %(default)s)")
     add("--layers", type=int, choices=(1, 4), default=1, help="last blocks whose patch tokens the head sees (default: 1)")
     add("--steps", type=int, default=500, help=f"training steps, of {BATCH} photos each (default: %(default)s)")
-    add("--cache", type=Path, metavar="FOLDER", help="for the features of the photos (default: IMAGES.features)")
     output = Path("segmenter.safetensors")
     add("-o", "--output", type=Path, default=output, metavar="FILE", help="the trained head (default: %(default)s)")
     common.add_device(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error("--steps must be at least 1")
     return common.run(run, args)

@@ -84,10 +84,10 @@ def call(monkeypatch, capsys):
 
     def call(script, *arguments):
         name = script.__name__
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
         capsys.readouterr()
         try:
-            status = script.main()
+            status = script.main([*map(str, arguments)])
         except SystemExit as exit:  # argparse's
             status = exit.code
         out, err = capsys.readouterr()
@@ -100,7 +100,7 @@ def call(monkeypatch, capsys):
 @pytest.fixture
 def train(call, data, model):
     def train(*arguments, masks=data / "masks"):
-        fixed = ["--model", model, "--size", 40, "--output", data / "mine.safetensors"]
+        fixed = ["--model", model, "--resolution", 40, "--output", data / "mine.safetensors"]
         return call(train_segmenter, data / "images", masks, *fixed, *arguments)
 
     return train
@@ -177,13 +177,13 @@ def test_the_head_is_batch_norm_and_a_1x1_convolution():
         torch.nn.init.normal_(parameter)
     torch.nn.init.uniform_(model.head[0].running_var, 0.5, 2)
     norm.load_state_dict(model.head[0].state_dict())
-    conv.load_state_dict({"weight": model.head[1].weight[..., None, None], "bias": model.head[1].bias})
+    conv.load_state_dict(model.head[1].state_dict())
     x = torch.randn(2, 3, 16, 24)
     for mode in (False, True):
         model.train(mode), norm.train(mode)
         layers = model.backbone.get_intermediate_layers(x, n=4, reshape=True)
         expected = conv(norm(torch.cat(layers, dim=1)))
-        torch.testing.assert_close(model(x).permute(0, 3, 1, 2), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_features_are_computed_once_and_kept_in_half_precision(data, model, train):
@@ -196,8 +196,8 @@ def test_features_are_computed_once_and_kept_in_half_precision(data, model, trai
             x = dinoreg.preprocess(metadata["photo"], 40, keep_aspect=True, patch_size=4)[None]
             with torch.inference_mode():
                 (expected,) = dinoreg.load(model).get_intermediate_layers(x)
-            assert tensors["features"].dtype == torch.float16 and tensors["features"].shape[:2] == (8, 12)
-            torch.testing.assert_close(tensors["features"].flatten(0, 1).float(), expected[0], atol=5e-3, rtol=1e-3)
+            assert tensors["features"].dtype == torch.float16 and tensors["features"].shape[1:] == (8, 12)
+            torch.testing.assert_close(tensors["features"].flatten(1).T.float(), expected[0], atol=5e-3, rtol=1e-3)
             photos.remove(metadata["photo"])
     assert not photos
 
@@ -207,7 +207,7 @@ def test_features_are_computed_once_and_kept_in_half_precision(data, model, trai
     photo, _ = scene(70)
     photo.save(data / "images" / "0.png")
     assert "1 photos computed, 9 kept" in train("--steps", 5)[1]
-    assert "10 photos computed, 0 kept" in train("--steps", 5, "--size", 32)[1]
+    assert "10 photos computed, 0 kept" in train("--steps", 5, "--resolution", 32)[1]
     assert "0 photos computed, 10 kept" in train("--steps", 5)[1]  # those of the other size are still there
     save_tiny(model, 1)
     assert "10 photos computed, 0 kept" in train("--steps", 5)[1]
@@ -243,7 +243,7 @@ def test_what_cannot_be_used_costs_a_line_each(data, train):
         assert len(errors) == 6
         for name, reason in [
             ("images/0.png", "cannot identify"),
-            ("images/1.png", "no mask of this name"),
+            ("masks/1.png", "No such file"),
             ("masks/2.png", "no photo of this name"),
             ("masks/3.png", "the mask is 5 x 6 pixels, its photo 48 x 32"),
             ("masks/4.png", "no class has the index 3; there are 3, and 255 is ignored"),
@@ -285,12 +285,12 @@ def test_training_says_what_is_wrong_in_a_line(call, data, model):
         ([images, masks, "--classes", data / "nothing.txt"], "No such file"),
         ([images, masks, "--classes", data / "twice.txt"], "different class names"),
         ([images, masks, "--classes", data / "binary.txt"], "not a text file"),
-        ([images, masks, "--size", 3], "--size must be at least 4"),
+        ([images, masks, "--resolution", 3], "--resolution must be at least 4"),
         ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
         ([images, masks, "--output", data / "nowhere" / "x.safetensors"], "folder that can be written to"),
         ([images, masks, "--steps", 0], "--steps must be at least 1"),
     ]:
-        status, _, errors = call(train_segmenter, "--model", model, "--size", 40, "--output", output, *arguments)
+        status, _, errors = call(train_segmenter, "--model", model, "--resolution", 40, "--output", output, *arguments)
         assert status == 2 and message in errors[-1], (arguments, errors)
     assert not output.exists()
     shallow = save_tiny(data / "shallow.safetensors", depth=2)
@@ -336,8 +336,8 @@ def test_tiles_cover_all_and_overlap_by_a_third(length):
 
 def test_pixels_are_those_of_upsampled_logits():
     torch.manual_seed(0)
-    logits = torch.randn(7, 5, 4)
-    full = F.interpolate(logits.permute(2, 0, 1)[None], (201, 133), mode="bilinear")[0]
+    logits = torch.randn(4, 7, 5)
+    full = F.interpolate(logits[None], (201, 133), mode="bilinear")[0]
     first, second = full.sort(dim=0, descending=True).values[:2]
     clear = (first - second > 1e-5).numpy()
     assert clear.mean() > 0.99
@@ -351,6 +351,9 @@ def test_scores_are_those_of_pixel_sets():
     scores = masks.score(sum(masks.confusion(*pair, 4) for pair in pairs), names)
     assert list(scores["iou"].values()) == pytest.approx(brute_force_iou(pairs, 4)) and scores["iou"]["c"] is None
     assert scores["mean_iou"] == pytest.approx(np.mean([x for x in scores["iou"].values() if x is not None]))
+    unsure = [(truth, np.where(rng.random(truth.shape) < 0.3, 255, predicted)) for truth, predicted in pairs]
+    missing = masks.score(sum(masks.confusion(*pair, 4) for pair in unsure), names)  # unknown pixels are wrong ones
+    assert list(missing["iou"].values()) == pytest.approx(brute_force_iou(unsure, 4))
     valid = np.concatenate([truth[truth != 255] == predicted[truth != 255] for truth, predicted in pairs])
     assert scores["pixel_accuracy"] == pytest.approx(valid.mean())
 
@@ -429,22 +432,25 @@ def test_the_picture_shows_each_class_in_its_colour():
 def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
     monkeypatch.setattr(segment, "NEIGHBOURS", 3)
     model = dinoreg.load(save_tiny(tmp_path / "model.safetensors"))
+    model.transform = model.transform.at_size(39)
     photo, mask = scene(0)
     photo.save(tmp_path / "photo.png")
     mask[:, :9] = 255  # columns 0 and 1 of the patches, and a quarter of column 2
     query = torch.randn(1, 3, 20, 28)
     with torch.inference_mode():
-        found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 39, 99, 3)(query)
+        found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 99, 3)(query)
         x = dinoreg.preprocess(tmp_path / "photo.png", 39, keep_aspect=True, patch_size=4)
         known, asked = (F.normalize(model.get_intermediate_layers(y)[0][0], dim=1) for y in (x[None], query))
-    assert x.shape == (3, 32, 48) and found.shape == (1, 5, 7, 3)
+    assert x.shape == (3, 32, 48) and found.shape == (1, 4, 5, 7)
     patches = [(i, mask[i // 12 * 4 :, i % 12 * 4 :][:4, :4]) for i in range(96) if i % 12 > 1]
     for position, vector in enumerate(asked):
         nearest = sorted(patches, key=lambda patch: -(known[patch[0]] @ vector).item())[:3]
         weights = np.exp([(known[i] @ vector).item() / 0.07 for i, _ in nearest])
         shares = np.array([[(part == k).mean() for k in range(3)] for _, part in nearest])
         expected = weights / weights.sum() @ shares
-        np.testing.assert_allclose(found[0, position // 7, position % 7], expected, atol=1e-4)
+        *votes, similarity = found[0, :, position // 7, position % 7]
+        np.testing.assert_allclose(votes, expected, atol=1e-4)
+        assert abs(similarity - max(known[i] @ vector for i, _ in patches)) < 1e-5
 
 
 def test_one_annotated_photo_is_enough(data, model, call):
@@ -453,7 +459,7 @@ def test_one_annotated_photo_is_enough(data, model, call):
     (data / "truth").mkdir()
     save_mask(mask, data / "truth" / "3x.png")
     like = [data / "images" / "0.png", data / "masks" / "0.png"]
-    arguments = ["--like", *like, "--model", model, "--size", 60, "--truth", data / "truth", "--output", data / "out"]
+    arguments = ["--like", *like, "--model", model, "--resolution", 60, "--truth", data / "truth", "--output", data / "out"]
     status, out, errors = call(segment, data / "3x.png", *arguments, "--tile", 48)
     record, scores = map(json.loads, out.splitlines())
     assert status == 0 and not errors and list(record["shares"]) == ["0", "1", "2"]
@@ -462,13 +468,63 @@ def test_one_annotated_photo_is_enough(data, model, call):
         assert 138 < picture.width < 148  # of the example, the photo and the result, 32 pixels high
 
 
+def test_an_annotated_photo_segmented_by_itself_comes_out_right(data, model, call):
+    photo, mask = data / "images" / "0.png", data / "masks" / "0.png"
+    arguments = ["--like", photo, mask, "--model", model, "--resolution", 120, "--truth", data / "masks"]
+    status, out, errors = call(segment, photo, *arguments, "--output", data / "out")
+    record, scores = map(json.loads, out.splitlines())
+    assert status == 0 and not errors and record["unknown"] == 0
+    assert scores["mean_iou"] > 0.9 and scores["pixel_accuracy"] > 0.95
+
+
+def test_what_is_like_no_annotated_patch_is_unknown(data, model, call):
+    like = ["--like", data / "images" / "0.png", data / "masks" / "0.png", "--model", model]
+    arguments = [data / "images" / "3.png", *like, "--resolution", 60, "--truth", data / "masks", "--output", data / "out"]
+    found, unknown = {}, {}
+    for threshold in (-1, 0.9, 1.01):
+        status, out, errors = call(segment, *arguments, "--threshold", threshold)
+        record, scores = map(json.loads, out.splitlines())
+        assert status == 0 and not errors
+        with Image.open(data / "out" / "3_mask.png") as image:
+            found[threshold], palette = np.asarray(image), image.getpalette()
+        assert palette[3 * 255 :] == [255] * 3
+        unknown[threshold] = found[threshold] == 255
+        assert record["unknown"] == pytest.approx(unknown[threshold].mean(), abs=1e-4)
+        assert sum(record["shares"].values()) + record["unknown"] == pytest.approx(1, abs=1e-3)
+    assert not unknown[-1].any() and unknown[1.01].all() and scores["mean_iou"] == 0
+    assert 0.01 < unknown[0.9].mean() < 0.99
+    assert np.array_equal(found[0.9][~unknown[0.9]], found[-1][~unknown[0.9]])
+
+    backbone = dinoreg.load(model)
+    backbone.transform = backbone.transform.at_size(60)
+    with torch.inference_mode():
+        known, asked = (
+            backbone.get_intermediate_layers(
+                dinoreg.preprocess(data / "images" / name, None, True, 4, transform=backbone.transform)[None], reshape=True
+            )[0]
+            for name in ("0.png", "3.png")
+        )
+    cosines = torch.einsum("bdn,bdm->bnm", F.normalize(known.flatten(2), dim=1), F.normalize(asked.flatten(2), dim=1))
+    best = F.interpolate(cosines.amax(dim=1).unflatten(1, asked.shape[2:])[None], unknown[-1].shape, mode="bilinear")[0, 0]
+    clear = (best - 0.9).abs().numpy() > 1e-4
+    assert np.array_equal(unknown[0.9][clear], (best < 0.9).numpy()[clear])
+
+    size = Image.open(data / "out" / "3_segments.png").width
+    status, _, errors = call(segment, *arguments, "--threshold", 0.9, "--similarity")
+    picture = np.asarray(Image.open(data / "out" / "3_segments.png"))
+    assert status == 0 and not errors and picture.shape[1] == size + 4 + 48  # one more panel, of 48 x 32 pixels
+    panel = picture[:32, -100:-52]
+    dark = abs(panel.astype(int) - [68, 1, 84]).max(axis=2) < 3  # the lower end of viridis
+    assert dark[unknown[0.9]].all() and dark[~unknown[0.9]].mean() < 0.2
+
+
 def test_several_annotated_photos_complete_each_other(data, model, call):
     like = []
     for i, hidden in ((0, 1), (3, 2)):  # no leaf in the first, no brick in the second
         mask = np.array(Image.open(data / "masks" / f"{i}.png"))
         save_mask(np.where(mask == hidden, 255, mask).astype(np.uint8), data / f"{i}.png")
         like += ["--like", data / "images" / f"{i}.png", data / f"{i}.png"]
-    arguments = ["--model", model, "--size", 60, "--truth", data / "masks", "--output", data / "out"]
+    arguments = ["--model", model, "--resolution", 60, "--truth", data / "masks", "--output", data / "out"]
     for count in (3, 6):
         status, out, errors = call(
             segment, data / "images" / "6.png", *like[:count], *arguments, "--classes", data / "classes.txt"
@@ -497,14 +553,14 @@ def test_segmenting_says_what_is_wrong_in_a_line(data, model, call):
         (["--weights", data / "layers.safetensors"], "a damaged segmenter"),
         (["--weights", data / "many.safetensors"], "a damaged segmenter (9 layers of 4)"),
         (["--weights", data / "classes.safetensors"], "a damaged segmenter"),
-        (["--weights", data / "good.safetensors", "--size", 2], "must be at least 4"),
-        (["--weights", data / "good.safetensors", "--tile", 2], "must be at least 4"),
+        (["--weights", data / "good.safetensors", "--resolution", 2], "must be at least 4"),
+        (["--weights", data / "good.safetensors", "--tile", 7], "--tile must be at least 8"),
         ([*like, data / "none.png"], "none.png: No such file"),
         ([*like, data / "small.png"], "the mask is 3 x 3 pixels, its photo 48 x 32"),
         ([*like, data / "nothing.png"], "no labelled pixels"),
         (["--model", model, "--like", data / "none.png", mask], "none.png: No such file"),
     ]:
-        status, out, errors = call(segment, photo, "--size", 40, "--output", data / "out", *arguments)
+        status, out, errors = call(segment, photo, "--resolution", 40, "--output", data / "out", *arguments)
         assert status == 2 and message in errors[-1] and not out, (arguments, errors)
     assert not (data / "out").exists()
 
@@ -522,7 +578,7 @@ def test_segmenting_goes_on_after_a_bad_photo(data, model, call):
 
 
 def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
-    arguments = ["--model", model, "--size", "40", "--steps", "2", "--output", data / "mine.safetensors"]
+    arguments = ["--model", model, "--resolution", "40", "--steps", "2", "--output", data / "mine.safetensors"]
     command = [sys.executable, HERE / "train_segmenter.py", data / "images", data / "masks", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert result.returncode == 0, result.stderr
@@ -550,12 +606,13 @@ def test_pasted_digits_have_their_exact_mask():
 
 
 @pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
-def test_segmentation_of_an_admiral_by_an_annotated_astronaut(tmp_path, call):
+def test_segmentation_by_an_annotated_astronaut(tmp_path, call):
+    """Of an admiral, and of the annotated photo itself."""
     cbook = pytest.importorskip("matplotlib.cbook")
     photo, annotated = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), HERE / "annotated"
-    like = ["--like", HERE / "images" / "astronaut.jpg", annotated / "astronaut.png"]
-    arguments = ["--classes", annotated / "astronaut.txt", "--model", SALIENCY_WEIGHTS, "--output", tmp_path]
-    status, _, errors = call(segment, photo, *like, *arguments)
+    astronaut = HERE / "images" / "astronaut.jpg"
+    arguments = ["--like", astronaut, annotated / "astronaut.png", "--classes", annotated / "astronaut.txt"]
+    status, _, errors = call(segment, photo, astronaut, *arguments, "--model", SALIENCY_WEIGHTS, "--output", tmp_path)
     assert status == 0 and not errors
     mask = np.asarray(Image.open(tmp_path / "grace_hopper_mask.png"))
     background, hair, face, flag, clothes = range(5)
@@ -564,3 +621,8 @@ def test_segmentation_of_an_admiral_by_an_annotated_astronaut(tmp_path, call):
     assert (mask[20:280, 20:120] == flag).mean() > 0.7
     assert (mask[440:590, 60:480] == clothes).mean() > 0.95
     assert (mask == hair).mean() < 0.15
+
+    mask = np.asarray(Image.open(tmp_path / "astronaut_mask.png"))
+    truth = masks.read_mask(annotated / "astronaut.png", astronaut, masks.read_classes(annotated / "astronaut.txt"), 255)
+    scores = masks.score(masks.confusion(truth, mask, 5), masks.read_classes(annotated / "astronaut.txt"))
+    assert scores["pixel_accuracy"] > 0.97 and scores["mean_iou"] > 0.9
