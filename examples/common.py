@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,13 @@ import dinoreg
 
 BATCH = 16  # images that are read and computed at once
 OUTLIER = 3  # times the median norm; outliers have about 10 times the norm of other tokens
+
+
+def positive(text: str) -> int:
+    """The type of options that are positive integers."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +50,16 @@ def set_size(backbone: dinoreg.DinoVisionTransformer, size: int | None) -> tuple
     if backbone.transform.size is None:
         raise ValueError("the transform of this model keeps the shape of an image: --size is needed")
     return backbone.transform.size
+
+
+def set_square(backbone: dinoreg.DinoVisionTransformer, size: int | None) -> int:
+    """Do the same for a crop that must be square and consist of whole patches; return its side."""
+    H, W = set_size(backbone, size)
+    if H != W:
+        raise ValueError(f"the transform of this model makes images of {H} x {W} pixels: --size is needed, for square ones")
+    if H % backbone.patch_size:
+        raise ValueError(f"--size must be a multiple of {backbone.patch_size}, the side of a patch, got {H}")
+    return H
 
 
 def set_stride(backbone: dinoreg.DinoVisionTransformer, stride: int | None) -> dinoreg.DinoVisionTransformer:
@@ -181,5 +199,5 @@ def run(function: Callable[[argparse.Namespace], int], args: argparse.Namespace)
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
-        print(f"{Path(sys.argv[0]).stem}:", str(error).partition("\n")[0], file=sys.stderr)
+        print(f"{Path(inspect.getfile(function)).stem}:", str(error).partition("\n")[0], file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""Embed a corpus of any size with Ray Data, on one machine or on a cluster, into Parquet files.
+"""Embed a corpus of images into Parquet files: on this machine, or with Ray Data on a cluster.
 
-    pip install -e ".[ray]"
+    pip install -e ".[corpus]"                      # with Ray: ".[corpus,ray]"
     python examples/embed_corpus.py SOURCE --output FOLDER
 
 SOURCE is a folder of images, a glob in quotes, or Parquet files with a column `uri` of unique URIs or absolute paths. Their
@@ -14,7 +14,9 @@ s3:// with s3fs and gs:// with gcsfs installed. Columns of the output:
     error           string: why the image could not be read; null if it was read
 
 A run that was killed continues where it stopped when it is started again; a later run embeds only what is new, and does not
-retry errors. Paths are held in memory, 2.3 GB for 10 million: split larger corpora into several runs. To start a cluster:
+retry errors. Paths are held in memory, 2.3 GB for 10 million: split larger corpora into several runs.
+
+Ray is used if --ray is given or if RAY_ADDRESS names a cluster, for the same rows. To start a cluster:
 
     ray start --head                                # on one machine; all need the same Python environment
     ray start --address HEAD:6379                   # on each of the others
@@ -25,15 +27,19 @@ set RAY_AUTH_MODE=token as well. If the connection to ray:// breaks, the run con
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import sys
+import uuid
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,26 +47,21 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.parquet as pq
-import ray
-import ray.data
-import ray.util.client
 import torch
 from PIL import Image
 
 import common
 import dinoreg
 
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised as an exception
-warnings.filterwarnings("ignore", module="ray")
-
-BLOCK = 64  # images in a preprocessing task
+BLOCK = 64  # images in a preprocessing task of Ray
 ROWS = 1024  # rows in a Parquet file, at least; a killed run loses the work on those that are not written yet
 
 
 def read_inputs(source: str) -> tuple[pa.Table, list[str]]:
     """The column `path` of all images, and the Parquet files that they are in; no files if they are files themselves."""
+    import pyarrow.dataset
+
     filesystem, path = fsspec.url_to_fs(source)
     files = filesystem.glob(path) if "*" in path else filesystem.find(path)
     tables = [file for file in files if file.endswith(".parquet")]
@@ -70,7 +71,7 @@ def read_inputs(source: str) -> tuple[pa.Table, list[str]]:
     uris = [file if Path(file).is_absolute() else filesystem.unstrip_protocol(file) for file in files]
     if not tables:
         return pa.table({"path": uris}), []
-    rows = pa.dataset.dataset(tables, filesystem=filesystem)
+    rows = pyarrow.dataset.dataset(tables, filesystem=filesystem)
     if "uri" not in rows.schema.names:
         raise ValueError(f"{source}: Parquet files without a column `uri`")
     paths = rows.to_table(["uri"]).rename_columns(["path"])
@@ -98,71 +99,6 @@ def read_output(folder: str, column: str) -> pa.Table | None:
     return pa.concat_tables(tables) if tables else None
 
 
-def drop(rows: pa.Table, done: ray.ObjectRef) -> pa.Table:
-    """The rows whose path is not done."""
-    return rows.filter(pc.invert(pc.is_in(rows["path"], ray.get(done))))
-
-
-def read_file(uri: str) -> bytes | Exception:
-    try:
-        filesystem, path = fsspec.url_to_fs(uri)
-        return filesystem.cat_file(path)
-    except Exception as error:  # each storage has its own
-        return error
-
-
-def preprocess(rows: pa.Table, transform: dinoreg.Transform) -> pa.Table:
-    """Rows (path, perhaps bytes) -> path, width, height, error, pixels (3 * size * size, uint8; null on error)."""
-    if "bytes" in rows.column_names:
-        files = rows["bytes"].to_pylist()
-    else:
-        with ThreadPoolExecutor(16) as pool:  # hides the latency of object storage
-            files = list(pool.map(read_file, rows["path"].to_pylist()))
-    images, facts = [], []
-    for file in files:
-        try:
-            if isinstance(file, Exception):
-                raise OSError(common.reason(file))
-            images.append(dinoreg.preprocess(file, normalized=False, transform=transform).numpy())
-            facts.append((*Image.open(io.BytesIO(file)).size, None))
-        except (OSError, ValueError) as error:
-            facts.append((None, None, common.reason(error).partition(" <_io")[0]))  # PIL calls the file that
-    kinds = pa.int32(), pa.int32(), pa.string()
-    width, height, error = (pa.array(values, kind) for values, kind in zip(zip(*facts), kinds))
-    pixels = to_column(np.array(images, np.uint8).reshape(-1, 3 * math.prod(transform.size)), error)
-    return pa.table({"path": rows["path"], "width": width, "height": height, "error": error, "pixels": pixels})
-
-
-def to_column(values: np.ndarray, error: pa.Array) -> pa.FixedSizeListArray:
-    """A column of lists, null where there is an error: the rows of values (n, L) are those of the n rows without one."""
-    valid = error.is_null().to_numpy(zero_copy_only=False)
-    full = np.zeros((len(valid), values.shape[1]), values.dtype)
-    full[valid] = values
-    return pa.FixedSizeListArray.from_arrays(full.ravel(), values.shape[1], mask=pa.array(~valid))
-
-
-class Embedder:
-    """Replaces the images of a batch by their embeddings. An actor has one, and with it a copy of the model."""
-
-    def __init__(self, model: ray.ObjectRef, device: str, dtype: str, tokens: str, threads: int):
-        torch.set_num_threads(threads)
-        self.model = ray.get(model).to(device, getattr(torch, dtype))
-        self.tokens = tokens
-
-    @torch.inference_mode()
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        pixels = torch.tensor(rows["pixels"].combine_chunks().flatten().to_numpy(), device=self.model.pos_embed.device)
-        x = dinoreg.normalize(pixels.unflatten(0, (-1, 3, *self.model.transform.size)), self.model.transform)
-        if self.tokens == "cls":
-            columns = {"embedding": self.model.embed(x)}
-        else:
-            features = self.model.forward_features(x)
-            columns = {"embedding": features["x_norm_clstoken"], "patches": features["x_norm_patchtokens"].flatten(1)}
-        for name, values in columns.items():
-            rows = rows.append_column(name, to_column(values.half().cpu().numpy(), rows["error"].combine_chunks()))
-        return rows.drop_columns("pixels")
-
-
 def output_schema(model: dinoreg.DinoVisionTransformer, args: argparse.Namespace) -> pa.Schema:
     """The columns of the output; the metadata tell which model embedded the images, and how."""
     weights = hashlib.sha256()
@@ -177,99 +113,260 @@ def output_schema(model: dinoreg.DinoVisionTransformer, args: argparse.Namespace
     return pa.schema(columns.items(), {"dinoreg": json.dumps(settings)})
 
 
-def embed(
-    paths: pa.Table,
-    files: list[str],
-    done: pa.Array,
-    model: dinoreg.DinoVisionTransformer,
-    schema: pa.Schema,
-    args: argparse.Namespace,
+# ---------------------------------------------------------------------------------------------------------------------
+# From paths to rows of the output, with and without Ray
+
+
+def select(rows: pa.Table, todo: pa.Table) -> pa.Table:
+    """The rows whose path is among those of todo."""
+    return rows.filter(pc.is_in(rows["path"], todo["path"]))
+
+
+def read_file(uri: str) -> bytes | Exception:
+    try:
+        filesystem, path = fsspec.url_to_fs(uri)
+        return filesystem.cat_file(path)
+    except Exception as error:  # each storage has its own
+        return error
+
+
+def decode(path: str, file: bytes | Exception, transform: dinoreg.Transform) -> dict:
+    """The row of an image file: path, width, height, error, pixels (3, H, W), uint8. Either error or the others are None."""
+    row = {"path": path, "width": None, "height": None, "error": None, "pixels": None}
+    try:
+        if isinstance(file, Exception):
+            raise OSError(common.reason(file))
+        pixels = dinoreg.preprocess(file, normalized=False, transform=transform).numpy()
+        width, height = Image.open(io.BytesIO(file)).size
+        return row | {"width": width, "height": height, "pixels": pixels}
+    except (OSError, ValueError) as error:
+        return row | {"error": common.reason(error).partition(" <_io")[0]}  # PIL calls the file that
+
+
+def to_table(rows: list[dict], transform: dinoreg.Transform) -> pa.Table:
+    """Rows of `decode` as a table; pixels are lists of 3 * H * W, null where there is an error."""
+    kinds = {"path": pa.string(), "width": pa.int32(), "height": pa.int32(), "error": pa.string()}
+    table = pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()})
+    pixels = np.array([row["pixels"] for row in rows if row["error"] is None], np.uint8)
+    return append(table, "pixels", pixels.reshape(-1, 3 * math.prod(transform.size)))
+
+
+def append(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
+    """The table with a column of lists, null where there is an error: values (n, L) are of the n rows without one."""
+    valid = table["error"].is_null().to_numpy()
+    full = np.zeros((len(valid), values.shape[1]), values.dtype)
+    full[valid] = values
+    lists = pa.FixedSizeListArray.from_arrays(full.ravel(), values.shape[1], mask=pa.array(~valid))
+    return table.append_column(name, lists)
+
+
+@torch.inference_mode()
+def embed(rows: pa.Table, model: dinoreg.DinoVisionTransformer, tokens: str) -> pa.Table:
+    """The rows with the embeddings of the images in place of their pixels."""
+    pixels = torch.tensor(rows["pixels"].combine_chunks().flatten().to_numpy(), device=model.pos_embed.device)
+    x = dinoreg.normalize(pixels.unflatten(0, (-1, 3, *model.transform.size)), model.transform)
+    if tokens == "cls":
+        columns = {"embedding": model.embed(x)}
+    else:
+        features = model.forward_features(x)
+        columns = {"embedding": features["x_norm_clstoken"], "patches": features["x_norm_patchtokens"].flatten(1)}
+    for name, values in columns.items():
+        rows = append(rows, name, values.half().cpu().numpy())
+    return rows.drop_columns("pixels")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two ways to run
+
+
+def plan(paths: pa.Table, model: dinoreg.DinoVisionTransformer, args: argparse.Namespace) -> tuple[pa.Schema, pa.Table]:
+    """The schema of the output and the paths that are not in it yet."""
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.batch_size = args.batch_size or (256 if args.device == "cuda" else 16)
+    schema, earlier = output_schema(model, args), read_output(args.output, "path")
+    if earlier is None:
+        return schema, paths
+    if earlier.schema.metadata != schema.metadata:
+        raise ValueError(f"{args.output}: made with another --model, --size, --dtype or --tokens, or by another program")
+    return schema, paths.filter(pc.invert(pc.is_in(paths["path"], earlier["path"])))
+
+
+def run_here(paths: pa.Table, files: list[str], model: dinoreg.DinoVisionTransformer, args: argparse.Namespace) -> None:
+    """Embed what is not done in a loop; threads read the next batch while the model computes."""
+    import pyarrow.dataset
+    from tqdm import tqdm
+
+    args.device = args.device or dinoreg.best_device()
+    schema, todo = plan(paths, model, args)
+    if not len(todo):
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = model.to(args.device, getattr(torch, args.dtype))
+    filesystem, folder = fsspec.url_to_fs(args.output)
+    filesystem.makedirs(folder, exist_ok=True)
+
+    def find_images() -> Iterator[tuple[str, bytes | None]]:
+        if not files:
+            yield from ((path, None) for path in todo["path"].to_pylist())
+            return
+        storage, _ = fsspec.url_to_fs(files[0])
+        tables = pyarrow.dataset.dataset([fsspec.url_to_fs(file)[1] for file in files], filesystem=storage)
+        for batch in tables.to_batches(["uri", "bytes"], batch_size=args.batch_size):
+            rows = select(pa.table(batch.columns, ["path", "bytes"]), todo)
+            yield from zip(rows["path"].to_pylist(), rows["bytes"].to_pylist())
+
+    def read(image: tuple[str, bytes | None]) -> dict:
+        path, file = image
+        return decode(path, read_file(path) if file is None else file, model.transform)
+
+    def write(tables: list[pa.Table]) -> None:
+        table = pa.concat_tables(tables).select(schema.names).cast(schema)
+        pq.write_table(table, f"{folder}/{uuid.uuid4().hex}.parquet", filesystem=filesystem)
+
+    images, tables, bar = find_images(), [], tqdm(total=len(todo), unit="image", disable=None)
+    batches = iter(lambda: list(itertools.islice(images, args.batch_size)), [])
+    try:
+        for rows in common.read_ahead(read, batches):
+            tables.append(embed(to_table(rows, model.transform), model, args.tokens))
+            bar.update(len(rows))
+            if sum(map(len, tables)) >= ROWS:
+                write(tables)
+                tables = []
+    finally:  # an interrupted run keeps what it has
+        bar.close()
+        if tables:
+            write(tables)
+
+
+def run_on_ray(paths: pa.Table, files: list[str], model: dinoreg.DinoVisionTransformer, args: argparse.Namespace) -> None:
+    """Embed what is not done on the cluster of RAY_ADDRESS, or on one that Ray starts on this machine."""
+    import ray
+    import ray.util.client
+
+    warnings.simplefilter("ignore")
+    logging.disable()
+    try:
+        ray.init(runtime_env={"py_modules": [dinoreg.__file__, common.__file__]}, log_to_driver=False)
+        args.cpus, args.gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
+        args.device = args.device or ("cuda" if args.gpus else "cpu")
+        schema, todo = plan(paths, model, args)
+        if not len(todo):
+            return
+        if ray.util.client.ray.is_connected():  # to ray://, from which Ray Data cannot be used but in a task
+            ray.get(ray.remote(num_cpus=0)(run_pipeline).remote(todo, files, model, schema, args))
+        else:
+            run_pipeline(todo, files, model, schema, args)
+    except ray.exceptions.RayError as error:  # has the traceback of a worker in it, of which one line names the exception
+        raise RuntimeError((re.findall(r"^[\w.]+: .+", str(error), re.MULTILINE) or [error])[0]) from None
+    finally:
+        ray.shutdown()
+
+
+def run_pipeline(
+    todo: pa.Table, files: list[str], model: dinoreg.DinoVisionTransformer, schema: pa.Schema, args: argparse.Namespace
 ) -> None:
-    """Read what is not done, preprocess, embed and write it: the pipeline of Ray Data."""
+    """Ray Data: tasks read and preprocess, actors embed, tasks write."""
+    import ray.data
+
     if args.device == "cuda":
         actors, of_actor, of_task = args.gpus, {"num_gpus": 1}, {"num_cpus": 1}
     else:  # actors claim half of the processors and leave the rest to tasks; at the same share Ray would fuse both
-        actors, of_actor, of_task = args.cpus // args.threads, {"num_cpus": args.threads / 2}, {"num_cpus": 0.25}
+        threads = args.threads or 1
+        actors, of_actor, of_task = args.cpus // threads, {"num_cpus": threads / 2}, {"num_cpus": 0.25}
     if not actors or args.cpus < 2:
         raise ValueError(f"too small a cluster: {args.cpus} CPUs (2 or more are needed), {args.gpus} GPUs")
+    todo_there, model_there, transform = ray.put(todo), ray.put(model), model.transform
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    def keep(rows: pa.Table) -> pa.Table:
+        return select(rows, ray.get(todo_there))
+
+    def preprocess(rows: pa.Table) -> pa.Table:
+        paths = rows["path"].to_pylist()
+        with ThreadPoolExecutor(16) as pool:  # hides the latency of object storage
+            images = rows["bytes"].to_pylist() if files else pool.map(read_file, paths)
+            return to_table([decode(path, image, transform) for path, image in zip(paths, images)], transform)
+
+    class Embedder:
+        """An actor, with a copy of the model."""
+
+        def __init__(self):
+            torch.set_num_threads(args.threads or 1)
+            self.model = ray.get(model_there).to(args.device, getattr(torch, args.dtype))
+
+        def __call__(self, rows: pa.Table) -> pa.Table:
+            return embed(rows, self.model, args.tokens)
+
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
-    done = ray.put(done)
     if files:
         rows = ray.data.read_parquet(files, **of_task).select_columns(["uri", "bytes"]).rename_columns({"uri": "path"})
-        rows = rows.map_batches(drop, fn_args=[done], batch_size=None, batch_format="pyarrow", **of_task)
+        rows = rows.map_batches(keep, batch_size=None, batch_format="pyarrow", **of_task)
     else:
-        paths = drop(paths, done)
-        rows = ray.data.from_arrow([paths.slice(start, BLOCK) for start in range(0, len(paths), BLOCK)] or [paths])
-    rows = rows.map_batches(preprocess, fn_args=[model.transform], batch_size=BLOCK, batch_format="pyarrow", **of_task)
-    rows = rows.map_batches(
-        Embedder,
-        fn_constructor_args=[ray.put(model), args.device, args.dtype, args.tokens, args.threads],
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        batch_size=args.batch_size or (256 if args.device == "cuda" else 16),
-        batch_format="pyarrow",
-        **of_actor,
-    )
+        rows = ray.data.from_arrow([todo.slice(start, BLOCK) for start in range(0, len(todo), BLOCK)])
+    rows = rows.map_batches(preprocess, batch_size=BLOCK, batch_format="pyarrow", **of_task)
+    pool = ray.data.ActorPoolStrategy(size=actors)
+    rows = rows.map_batches(Embedder, compute=pool, batch_size=args.batch_size, batch_format="pyarrow", **of_actor)
     filesystem, path = fsspec.url_to_fs(args.output)  # a task killed while it writes is run again, to the same file name
     rows.write_parquet(path, filesystem=filesystem, min_rows_per_file=ROWS, schema=schema, ray_remote_args=of_task)
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Discard what is written to the terminal, except by Python to stderr: the progress of Ray Data.
+
+    Ray prints errors of the cluster, such as the death of a worker whose task it repeats, even with log_to_driver=False,
+    and its C++ part writes to the file descriptors. What matters is raised as an exception.
+    """
+    sys.stdout.flush()
+    out, err = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nothing, open(os.dup(2), "w") as terminal, contextlib.redirect_stderr(terminal):
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+
+
 def run(args: argparse.Namespace) -> int:
     model = common.load_backbone(args.model)
-    H, W = common.set_size(model, args.size)
-    if H != W:
-        raise ValueError(f"--model makes images of {H} x {W} pixels, this needs square ones: give --size")
-    args.size = H
-    model.fix_image_size(H, W)
+    args.size = common.set_square(model, args.size)
+    model.fix_image_size(args.size, args.size)
     try:
         paths, files = read_inputs(args.source)
         args.output = str(Path(args.output).resolve()) if "://" not in args.output else args.output
     except ImportError as error:  # of s3fs or the like
         raise ValueError(f"{args.source}: {error}") from None
-
-    # RAY_ADDRESS names a cluster; without it, Ray starts one on this machine. Its workers import the two modules.
-    modules = {"py_modules": [dinoreg.__file__, common.__file__]}
-    ray.init(runtime_env=modules, log_to_driver=False, logging_level=logging.ERROR)
-    args.cpus, args.gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    args.device = args.device or ("cuda" if args.gpus else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    schema = output_schema(model, args)
-    earlier = read_output(args.output, "path")
-    if earlier and earlier.schema.metadata != schema.metadata:
-        raise ValueError(f"{args.output}: made with another --model, --size, --dtype or --tokens, or by another program")
-    done = earlier["path"] if earlier else pa.array([], pa.string())
-    arguments = paths, files, done, model, schema, args
-    try:
-        if ray.util.client.ray.is_connected():  # to ray://, from which Ray Data cannot be used but in a task
-            ray.get(ray.remote(num_cpus=0)(embed).remote(*arguments))
-        else:
-            embed(*arguments)
-    except ray.exceptions.RayError as error:  # has the traceback of a worker in it, of which one line names the exception
-        raise RuntimeError((re.findall(r"^[\w.]+: .+", str(error), re.MULTILINE) or [error])[0]) from None
+    if args.ray or os.environ.get("RAY_ADDRESS"):
+        with silence():
+            run_on_ray(paths, files, model, args)
+    else:
+        run_here(paths, files, model, args)
     errors = read_output(args.output, "error")["error"]
     failed = len(errors) - errors.null_count
     print(f"{args.output}: {len(errors)} images, {failed} of which could not be read")
     return 1 if failed else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if it could not run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("source", help="a folder, a glob in quotes, or Parquet files with a column `uri` and perhaps `bytes`")
     add("-o", "--output", required=True, metavar="FOLDER", help="for Parquet files: a new one, or that of an earlier run")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
-    add("--size", type=int, metavar="PIXELS", help="side of the central crop (default: the model's)")
+    add("--size", type=common.positive, metavar="PIXELS", help="side of the central crop (default: the model's)")
     add("--tokens", choices=("cls", "patches"), default="cls", help="patches: write those, too (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if the cluster has GPUs, else cpu")
+    add(
+        "--ray", action="store_true", help="use Ray, on this machine or the cluster of RAY_ADDRESS (default: if that is set)"
+    )
+    add("--device", help="cpu, cuda, ... (default: the best available; with Ray: cuda if the cluster has GPUs, else cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (default: bfloat16 on cuda, else float32)")
-    add("--batch-size", type=int, metavar="B", help="images in a forward pass (default: 256 on cuda, else 16)")
-    add("--threads", type=int, default=1, help="of each copy of the model, on CPUs (default: %(default)s)")
-    args = parser.parse_args()
-    if min(args.threads, args.batch_size or 1, args.size or 1) < 1:
-        parser.error("--threads, --batch-size and --size must be at least 1")
-    return common.run(run, args)
+    add("--batch-size", type=common.positive, metavar="B", help="images in a forward pass (default: 256 on cuda, else 16)")
+    add("--threads", type=common.positive, help="on CPUs (default: all; with Ray: 1, of each copy of the model)")
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Tests of examples/embed_corpus.py on a local Ray cluster, and of examples/search.py on what it writes."""
+"""Tests of examples/embed_corpus.py, without Ray and on a local cluster of it: `python -m pytest -m "" THIS_FILE`."""
 
 import contextlib
-import importlib
+import json
 import os
 import secrets
 import signal
@@ -15,92 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import dinoreg
 
-pytest.importorskip("ray.data")
+pytest.importorskip("fsspec")
+pytest.importorskip("tqdm")
 pa = pytest.importorskip("pyarrow")
 ds = pytest.importorskip("pyarrow.dataset")
 pq = pytest.importorskip("pyarrow.parquet")
 
+import embed_corpus
+
 HERE = Path(__file__).parents[1]
-# Large enough for 2,000 images to take some seconds.
-CONFIG = dinoreg.Config(embed_dim=128, depth=8, num_heads=4, patch_size=8, image_size=64)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """The environment of a process that uses a cluster of two CPUs. The cluster has a folder of its own, whose name is short
-    because sockets are in it, and ends with the tests."""
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
-        log = stack.enter_context(open(Path(folder, "start.log"), "w+"))
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        port, client_port = (one.getsockname()[1] for one in sockets)
-        for one in sockets:
-            one.close()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
-        command += [f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
-        command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--object-store-memory={500 << 20}"]
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "RAY_USAGE_STATS_ENABLED": "0"}
-        environment["RAY_worker_niceness"] = "0"  # in step with the test that watches the workers
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}  # nobody else's cluster
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_for(lambda: process.poll() is not None or "Ray runtime started" in Path(log.name).read_text())
-            assert process.poll() is None, Path(log.name).read_text()
-            addresses = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_CLIENT": f"ray://127.0.0.1:{client_port}"}
-            yield {**environment, **addresses, "SESSION": str(process.pid)}
-        finally:
-            while running := session_processes(process.pid):
-                for pid in running:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                process.poll()  # or it would stay as a zombie
-                time.sleep(0.1)
-
-
-def session_processes(session, name=""):
-    """The processes of a session whose command line begins with name."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            command = (path / "cmdline").read_text()  # empty for a zombie
-            if command and command.startswith(name) and os.getsid(int(path.name)) == session:
-                found.append(int(path.name))
-    return found
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
-
-
-def start(cluster, source, output, model, *options):
-    command = [sys.executable, HERE / "embed_corpus.py", source, "--output", output, "--model", model, *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], env=cluster, cwd=output.parent, **pipes)
-
-
-def finish(process):
-    """(exit status, standard output, lines on standard error but the one in which Ray tells its log level)."""
-    try:
-        stdout, stderr = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    return process.returncode, stdout, [line for line in stderr.splitlines() if "log level" not in line]
-
-
-def read(folder):
-    """The rows of an output folder, by path."""
-    rows = ds.dataset(folder).to_table()
-    assert len(set(rows["path"].to_pylist())) == len(rows)  # none twice
-    return {row["path"]: row for row in rows.to_pylist()}
+CONFIG = dinoreg.Config(embed_dim=32, depth=2, num_heads=2, patch_size=8, image_size=64)
 
 
 def save_model(path, seed=0):
@@ -124,6 +52,41 @@ def save_images(folder, count):
     return paths
 
 
+@pytest.fixture
+def model(tmp_path):
+    return save_model(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "output"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the script in this process: (exit status, standard output, lines on standard error)."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def call(source, output, model, *options):
+        capsys.readouterr()
+        try:
+            status = embed_corpus.main([*map(str, (source, "--output", output, "--model", model, *options))])
+        except SystemExit as exit:  # argparse's
+            status = exit.code
+        stdout, stderr = capsys.readouterr()
+        return status, stdout, stderr.splitlines()
+
+    return call
+
+
+def read(folder):
+    """The rows of an output folder, by path."""
+    rows = ds.dataset(folder).to_table()
+    assert len(set(rows["path"].to_pylist())) == len(rows)  # none twice
+    return {row["path"]: row for row in rows.to_pylist()}
+
+
 @torch.inference_mode()
 def check(rows, paths, model):
     """The rows are those of the paths, each with what `embed` gives for it, or with an error."""
@@ -144,49 +107,97 @@ def check(rows, paths, model):
             assert (rows[str(path)]["width"], rows[str(path)]["height"]) == image.size
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_nothing_is_lost_or_twice_when_a_worker_and_then_the_job_are_killed(cluster, tmp_path):
-    model, output = save_model(tmp_path / "model.safetensors"), tmp_path / "output"
-    paths = save_images(tmp_path / "images", 2000)
-    process = start(cluster, "images", output, model)
-    actor, *_ = wait_for(
-        lambda: session_processes(int(cluster["SESSION"]), "ray::MapWorker(MapBatches(Embedder)).submit"), 90
-    )
-    os.kill(actor, signal.SIGKILL)
-    wait_for(lambda: list(output.glob("*.parquet")), 90)
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
-    complete = [path for path in output.glob("*.parquet") if path.read_bytes()[-4:] == b"PAR1"]
-    before = sum(pq.read_metadata(path).num_rows for path in complete)
-    assert before < 2000
-    (output / "unfinished.parquet").write_bytes(b"PAR1 some rows")
-
-    status, stdout, stderr = finish(start(cluster, "images", output, model))
-    assert (status, stderr) == (1, []), stderr
-    assert stdout == f"{output}: 2000 images, 21 of which could not be read\n"
-    check(read(output), paths, model)
-    assert {path: path.stat().st_mtime_ns for path in complete}.keys() <= set(output.iterdir())
-
-
 def write_table(path, **columns):
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), path)
 
 
-def test_images_in_parquet_with_patch_tokens(cluster, tmp_path):
-    model, output = save_model(tmp_path / "model.safetensors"), tmp_path / "output"
-    paths = save_images(tmp_path / "images", 12)
-    uris, files = list(map(str, paths)), [path.read_bytes() for path in paths]
-    write_table(tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4])
-    arguments = ["tables/*.parquet", output, model, "--tokens", "patches", "--batch-size", 3]
-    assert finish(start(cluster, *arguments)) == (0, f"{output}: 4 images, 0 of which could not be read\n", [])
-    first = {path.name for path in output.iterdir()}
+def modification_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
-    # More images, by the same command, on a ray:// cluster; a bad one is among them.
-    write_table(tmp_path / "tables" / "1.parquet", label=[7] * 8, uri=uris[4:], bytes=files[4:])
-    remote = {**cluster, "RAY_ADDRESS": cluster["RAY_CLIENT"]}
-    assert finish(start(remote, *arguments)) == (1, f"{output}: 12 images, 1 of which could not be read\n", [])
-    assert first < {path.name for path in output.iterdir()}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without Ray
+
+
+def test_the_script_runs_on_its_own(tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 7)
+    command = [sys.executable, HERE / "embed_corpus.py", "images", "--output", "output", "--model", model]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout == f"{output}: 7 images, 1 of which could not be read\n"
+    check(read(output), paths, model)
+
+
+def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(call, tmp_path, model, output, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # an import would fail
+    monkeypatch.setattr(embed_corpus, "ROWS", 64)
+    paths = save_images(tmp_path / "images", 120)
+    moved = tmp_path / "later.png"
+    paths[30].rename(moved)
+    assert call("images", output, model) == (1, f"{output}: 119 images, 2 of which could not be read\n", [])
+    # Batches of 16 images are joined to files of 64 rows or more; the last file has the rest.
+    assert sorted(pq.read_metadata(path).num_rows for path in output.iterdir()) == [55, 64]
+    before = modification_times(output)
+
+    with monkeypatch.context() as patches:  # nothing to do: no image is read, no model runs
+        patches.setattr(embed_corpus, "read_file", lambda path: pytest.fail(path))
+        assert call("images", output, model)[:2] == (1, f"{output}: 119 images, 2 of which could not be read\n")
+    assert modification_times(output) == before
+    moved.rename(paths[30])
+    assert call("images", output, model)[1] == f"{output}: 120 images, 2 of which could not be read\n"
+    after = modification_times(output)
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+    check(read(output), paths, model)
+
+
+# The process kills itself in the middle of its second file.
+KILLED = """
+import os, signal, sys, embed_corpus, pyarrow.parquet as pq
+def write(table, path, filesystem, write_table=pq.write_table):
+    write_table(table, path, filesystem=filesystem)
+    if len(os.listdir(os.path.dirname(path))) == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+pq.write_table, embed_corpus.ROWS = write, 32
+embed_corpus.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_nothing_is_lost_or_twice_when_the_run_is_killed(call, tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 100)
+    command = [sys.executable, "-c", KILLED, "images", "--output", output, "--model", model]
+    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE), "RAY_ADDRESS": ""})
+    assert result.returncode == -signal.SIGKILL
+    unfinished, complete = sorted(output.iterdir(), key=lambda path: path.read_bytes()[-4:] == b"PAR1")
+    assert unfinished.read_bytes()[-4:] != b"PAR1" and pq.read_metadata(complete).num_rows == 32
+    time_of_complete = complete.stat().st_mtime_ns
+
+    assert call("images", output, model) == (1, f"{output}: 100 images, 1 of which could not be read\n", [])
+    assert not unfinished.exists() and complete.stat().st_mtime_ns == time_of_complete
+    check(read(output), paths, model)
+
+
+def test_an_interrupted_run_keeps_what_it_has(call, tmp_path, model, output, monkeypatch):
+    paths, embed = save_images(tmp_path / "images", 40), embed_corpus.embed
+
+    def interrupted(rows, *arguments):
+        if "/3/" in rows["path"][0].as_py():
+            raise KeyboardInterrupt
+        return embed(rows, *arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(embed_corpus, "embed", interrupted)
+        assert call("images", output, model, "--batch-size", 4)[0] == 130
+    assert 0 < len(read(output)) < 40
+    call("images", output, model)
+    check(read(output), paths, model)
+
+
+def check_patches(output, paths, model):
+    """The rows of images in Parquet, with patch tokens."""
     rows = read(output)
     patches = {path: row.pop("patches") for path, row in rows.items()}
     check(rows, paths, model)
@@ -194,55 +205,57 @@ def test_images_in_parquet_with_patch_tokens(cluster, tmp_path):
     for path in (paths[0], paths[11]):
         with torch.inference_mode():
             features = backbone.forward_features(dinoreg.preprocess(path, 64)[None])
-        found = torch.tensor(patches[str(path)]).reshape(64, 128)
+        found = torch.tensor(patches[str(path)]).reshape(64, 32)
         torch.testing.assert_close(found, features["x_norm_patchtokens"][0], atol=5e-3, rtol=1e-3)
-    (column,) = [field for field in ds.dataset(output).schema if field.name == "patches"]
-    assert column.type == pa.fixed_shape_tensor(pa.float16(), (8, 8, 128))
+    assert ds.dataset(output).schema.field("patches").type == pa.fixed_shape_tensor(pa.float16(), (8, 8, 32))
 
 
-def test_uris_and_search(cluster, tmp_path):
-    model, output = save_model(tmp_path / "model.safetensors"), tmp_path / "output"
+def test_images_in_parquet_with_patch_tokens(call, tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 12)
+    uris, files = list(map(str, paths)), [path.read_bytes() for path in paths]
+    write_table(tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4])
+    arguments = ["tables/*.parquet", output, model, "--tokens", "patches", "--batch-size", 3]
+    assert call(*arguments) == (0, f"{output}: 4 images, 0 of which could not be read\n", [])
+    first = set(output.iterdir())
+
+    # More images, by the same command; a bad one is among them.
+    write_table(tmp_path / "tables" / "1.parquet", label=[7] * 8, uri=uris[4:], bytes=files[4:])
+    assert call(*arguments) == (1, f"{output}: 12 images, 1 of which could not be read\n", [])
+    assert first < set(output.iterdir())
+    check_patches(output, paths, model)
+
+
+def test_uris_in_parquet_and_another_size(call, tmp_path, model, output):
     paths = [path for path in save_images(tmp_path / "images", 30) if path.stat().st_size > 10]
     gone = tmp_path / "gone.jpg"
     write_table(tmp_path / "uris.parquet", uri=list(map(str, [*paths, gone])))
-    arguments = ["uris.parquet", output, model, "--size", 48]
-    status, stdout, stderr = finish(start(cluster, *arguments))
-    assert (status, stderr) == (1, []) and stdout.endswith("30 images, 1 of which could not be read\n")
-    rows = read(output)
-    assert rows.pop(str(gone))["error"] == "No such file or directory"
-    schema = ds.dataset(output).schema
-    assert schema.field("embedding").type == pa.list_(pa.float16(), 128)
-    assert all(schema.field(name).type == pa.int32() for name in ("width", "height"))
-
-    status, stdout, stderr = finish(
-        start(cluster, *arguments[:2], save_model(tmp_path / "other.safetensors", 1), "--size", 48)
+    assert call("uris.parquet", output, model, "--size", 48) == (
+        1,
+        f"{output}: 30 images, 1 of which could not be read\n",
+        [],
     )
-    assert (status, stdout) == (2, "") and len(stderr) == 1 and "another --model" in stderr[0], stderr
-    assert read(output).keys() == {*rows, str(gone)}
+    rows = read(output)
+    assert rows[str(gone)]["error"] == "No such file or directory"
+    schema = ds.dataset(output).schema
+    assert schema.names == ["path", "embedding", "width", "height", "error"]
+    assert schema.field("embedding").type == pa.list_(pa.float16(), 32)
+    assert all(schema.field(name).type == pa.int32() for name in ("width", "height"))
+    settings = json.loads(schema.metadata[b"dinoreg"])
+    assert len(settings.pop("weights")) == 64
+    assert settings == {"model": "model.safetensors", "size": 48, "dtype": "float32", "tokens": "cls"}
+    with torch.inference_mode():
+        expected = dinoreg.load(model).embed(dinoreg.preprocess(paths[3], 48)[None])[0]
+    found = torch.tensor(rows[str(paths[3])]["embedding"])
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
-    for module in ("matplotlib", "tqdm"):
-        pytest.importorskip(module)
-    features = F.normalize(torch.tensor([row["embedding"] for row in rows.values()]), dim=1)
-    cosines = features @ features[list(rows).index(str(paths[3]))]
-    expected = [list(rows)[i] for i in cosines.argsort(descending=True)[1:4]]
-    for source in (output, *output.glob("*.parquet")):
-        command = [sys.executable, HERE / "search.py", source, "--query", paths[3], "--top", "3", "--model"]
-        result = subprocess.run([*command, model], capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert [line.split("  ")[1] for line in result.stdout.splitlines()[:-1]] == expected
-        assert (tmp_path / "nearest.png").stat().st_size > 1000
-    result = subprocess.run([*command, tmp_path / "other.safetensors"], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2 and "embedded by model.safetensors" in result.stderr, result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(HERE)
-    return importlib.import_module("embed_corpus")
+    other = save_model(tmp_path / "other.safetensors", 1)
+    for options in ([other, "--size", 48], [model], [model, "--size", 48, "--dtype", "bfloat16"]):
+        status, stdout, stderr = call("uris.parquet", output, *options)
+        assert (status, stdout) == (2, "") and len(stderr) == 1 and "another --model" in stderr[0], stderr
+    assert read(output).keys() == rows.keys()
 
 
-def test_sources(module, tmp_path):
+def test_sources(tmp_path):
     paths = save_images(tmp_path / "images", 8)
     (tmp_path / "images" / "notes.txt").write_text("no image")
     for source, expected in [
@@ -251,55 +264,182 @@ def test_sources(module, tmp_path):
         (f"{tmp_path}/images/0/*.png", [paths[0], paths[7]]),
         (paths[2], [paths[2]]),
     ]:
-        rows, files = module.read_inputs(str(source))
+        rows, files = embed_corpus.read_inputs(str(source))
         assert sorted(rows["path"].to_pylist()) == sorted(map(str, expected)) and files == []
 
 
-def test_says_what_is_wrong_in_a_line(module, tmp_path, monkeypatch, capsys):
-    model = save_model(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("ray", [[], ["--ray"]])
+def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monkeypatch, ray):
     (tmp_path / "empty").mkdir()
     write_table(tmp_path / "names.parquet", name=["a.jpg"])
     write_table(tmp_path / "twice.parquet", uri=["/a.jpg", "/b.jpg", "/a.jpg"])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(module.ray, "init", lambda **_: pytest.fail("the cluster is not needed to see this"))
-    for arguments, message in [
-        ([tmp_path / "nowhere"], "no such folder"),
-        ([tmp_path / "empty"], "no images"),
-        ([tmp_path / "names.parquet"], "without a column `uri`"),
-        ([tmp_path / "twice.parquet"], "a uri occurs more than once"),
-        ([tmp_path / "broken.parquet"], "Parquet"),
-        (["nosuch://bucket/images"], "nosuch"),
-        ([tmp_path, "--model", tmp_path / "nothing.pth"], "no such file"),
-        ([tmp_path, "--size", "15"], "must be multiples of 8"),
-        ([tmp_path, "--threads", "0"], "must be at least 1"),
+    monkeypatch.setattr(embed_corpus, "run_on_ray", lambda *_: pytest.fail("the cluster is not needed to see this"))
+    for source, options, message in [
+        ("nowhere", [], "no such folder"),
+        ("empty", [], "no images"),
+        ("names.parquet", [], "without a column `uri`"),
+        ("twice.parquet", [], "a uri occurs more than once"),
+        ("broken.parquet", [], "Parquet"),
+        ("nosuch://bucket/images", [], "nosuch"),
+        (".", ["--model", tmp_path / "nothing.pth"], "no such file"),
+        (".", ["--size", "15"], "--size must be a multiple of 8"),
+        (".", ["--size", "0"], "--size: must be at least 1"),
+        (".", ["--threads", "0"], "--threads: must be at least 1"),
     ]:
-        command = ["embed_corpus.py", "--model", model, "--output", tmp_path / "output", *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        try:
-            status = module.main()
-        except SystemExit as exit:  # argparse's
-            status = exit.code
-        error = capsys.readouterr().err
-        assert status == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
-    assert not (tmp_path / "output").exists()
+        status, stdout, stderr = call(source, output, model, *options, *ray)
+        assert (status, stdout) == (2, "") and message in stderr[-1] and "Traceback" not in "".join(stderr), stderr
+        assert "error: " in stderr[-1] or (stderr[-1].startswith("embed_corpus: ") and len(stderr) == 1)
+    assert not output.exists()
 
 
-def test_a_batch_may_have_no_image(module, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.ray, "get", lambda model: model)
+def test_a_batch_may_have_no_image(tmp_path):
     model = dinoreg.DinoVisionTransformer(CONFIG).eval()
     model.transform = dinoreg.Transform().at_size(16)
     model.fix_image_size(16, 16)
     (tmp_path / "bad.png").write_text("no image")
-    rows = module.preprocess(
-        pa.table({"path": [str(tmp_path / "bad.png"), str(tmp_path / "gone.png")]}), dinoreg.Transform().at_size(16)
-    )
+    files = [str(tmp_path / "bad.png"), str(tmp_path / "gone.png")]
+    rows = [embed_corpus.decode(file, embed_corpus.read_file(file), model.transform) for file in files]
     for tokens in ("cls", "patches"):
-        found = module.Embedder(model, "cpu", "float32", tokens, 1)(rows).to_pydict()
-        assert found.pop("path") and found.pop("error") == ["cannot identify image file", "No such file or directory"]
+        found = embed_corpus.embed(embed_corpus.to_table(rows, model.transform), model, tokens).to_pydict()
+        assert found.pop("path") == files
+        assert found.pop("error") == ["cannot identify image file", "No such file or directory"]
         assert all(values == [None, None] for values in found.values()) and len(found) == (3 if tokens == "cls" else 4)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# With Ray: a cluster of two CPUs for all tests
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The environment of a process that uses the cluster. It has a folder of its own, whose name is short because sockets
+    are in it, and ends with the tests."""
+    pytest.importorskip("ray.data")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
+        log = stack.enter_context(open(Path(folder, "start.log"), "w+"))
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        port, client_port = (one.getsockname()[1] for one in sockets)
+        for one in sockets:
+            one.close()
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
+        command += [f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
+        command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--object-store-memory={200 << 20}"]
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment["RAY_worker_niceness"] = "0"  # in step with the test that watches the workers
+        environment["RAY_memory_monitor_refresh_ms"] = "0"  # or it kills workers when others fill the machine's memory
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}  # nobody else's cluster
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for(lambda: process.poll() is not None or "Ray runtime started" in Path(log.name).read_text())
+            assert process.poll() is None, Path(log.name).read_text()
+            addresses = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_CLIENT": f"ray://127.0.0.1:{client_port}"}
+            yield {**environment, **addresses, "SESSION": str(process.pid)}
+        finally:
+            while running := session_processes(process.pid):
+                for pid in running:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                process.poll()  # or it would stay as a zombie
+                time.sleep(0.1)
+
+
+def session_processes(session, name=""):
+    """The processes of a session whose command line begins with name, or with one of several."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (path / "cmdline").read_text()  # empty for a zombie
+            if command and command.startswith(name) and os.getsid(int(path.name)) == session:
+                found.append(int(path.name))
+    return found
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def start(cluster, source, output, model, *options):
+    command = [sys.executable, HERE / "embed_corpus.py", source, "--output", output, "--model", model, *options]
+    command += ["--threads", "2"]  # a single actor, so that fewer processes import torch
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(part) for part in command], env=cluster, cwd=output.parent, **pipes)
+
+
+def finish(process):
+    """(exit status, standard output, lines on standard error)."""
+    try:
+        stdout, stderr = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    return process.returncode, stdout, stderr.splitlines()
+
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+@pytest.mark.slow
+@needs_proc
+def test_ray_finishes_what_a_loop_began_though_a_worker_is_killed(cluster, call, tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 100)
+    (tmp_path / "later").mkdir()
+    for path in paths[40:]:
+        path.rename(tmp_path / "later" / path.name)
+    assert call("images", output, model)[1] == f"{output}: 40 images, 1 of which could not be read\n"
+    before = modification_times(output)
+    for path in paths[40:]:
+        (tmp_path / "later" / path.name).rename(path)
+
+    process = start(cluster, "images", output, model)
+    actor, *_ = wait_for(lambda: session_processes(int(cluster["SESSION"]), "ray::MapWorker(MapBatches(Embedder)).submit"))
+    os.kill(actor, signal.SIGKILL)
+    assert finish(process) == (1, f"{output}: 100 images, 1 of which could not be read\n", [])
+    assert before.items() <= modification_times(output).items()
+    check(read(output), paths, model)
+
+
+@pytest.mark.slow
+@needs_proc
+def test_a_loop_finishes_what_a_killed_ray_job_began(cluster, call, tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 2200)
+    process = start(cluster, "images", output, model)
+    wait_for(lambda: list(output.glob("*.parquet")))
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    wait_for(lambda: not session_processes(int(cluster["SESSION"]), ("ray::Map", "ray::Write")))  # they end with the job
+    complete = [path for path in output.glob("*.parquet") if path.read_bytes()[-4:] == b"PAR1"]
+    before = {path: path.stat().st_mtime_ns for path in complete}
+
+    assert call("images", output, model) == (1, f"{output}: 2200 images, 23 of which could not be read\n", [])
+    assert before.items() <= modification_times(output).items()
+    check(read(output), paths, model)
+
+
+@pytest.mark.slow
+def test_a_remote_cluster_writes_the_rows_of_a_loop(cluster, call, tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 12)
+    uris, files = list(map(str, paths)), [path.read_bytes() for path in paths]
+    write_table(tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4])
+    write_table(tmp_path / "tables" / "1.parquet", label=[7] * 8, uri=uris[4:], bytes=files[4:])
+    arguments = ["tables", output, model, "--tokens", "patches", "--batch-size", 3]
+    remote = {**cluster, "RAY_ADDRESS": cluster["RAY_CLIENT"]}
+    assert finish(start(remote, *arguments)) == (1, f"{output}: 12 images, 1 of which could not be read\n", [])
+    check_patches(output, paths, model)
+
+    arguments[1] = tmp_path / "loop"
+    call(*arguments)
+    assert ds.dataset(output).schema.equals(ds.dataset(tmp_path / "loop").schema, check_metadata=True)
+    check_patches(tmp_path / "loop", paths, model)
+
+
+@pytest.mark.slow
 def test_benchmark_of_a_corpus():
+    pytest.importorskip("ray.data")
     command = [sys.executable, HERE / "benchmark.py", "corpus", "--images", "4", "--turns", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
     assert result.returncode == 0, result.stderr
