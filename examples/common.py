@@ -1,10 +1,15 @@
-"""What the examples share: loading a backbone, reading images in batches, k-NN votes, principal components, errors."""
+"""What the examples share: options, reading images in batches, cached features, k-NN votes, principal components, errors."""
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
+import math
+import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +40,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_stride(parser: argparse.ArgumentParser) -> None:
     rule = "distance between patches, a divisor of the patch size: 7 gives a grid twice as dense (default: the patch size)"
     parser.add_argument("--stride", type=int, metavar="PIXELS", help=rule)
+
+
+def add_no_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-cache", action="store_true", help="compute all features, and keep none in the cache folder")
 
 
 def load_backbone(source: str, device: str = "cpu", stride: int | None = None) -> dinoreg.DinoVisionTransformer:
@@ -119,15 +128,124 @@ def compute(
             yield next(results) if isinstance(image, Tensor) else image
 
 
+def apply(
+    function: Callable[[Tensor], Tensor], paths: Sequence[Path], transform: dinoreg.Transform, device: str
+) -> Iterator[Tensor | str]:
+    """For each image file in turn: what a function of images (B, 3, H, W) returns for it, on the CPU; or why it could not be
+    read."""
+    read = functools.partial(read_image, normalized=False, transform=transform)
+    return compute(lambda images: function(torch.stack(images).to(device)).cpu(), read, paths, transform)
+
+
+def report(script: str, unreadable: dict[Path, str]) -> int:
+    """Print why files could not be read; return the exit status: 1 if there are such files, else 0."""
+    for path, why in unreadable.items():
+        print(f"{script}: {path}: {why}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cached features
+
+SHARD = 1 << 28  # bytes of features in a file of the cache; then another one is begun
+
+Features = dict[Path, Tensor | str]  # those of an image file, of any shape; or why it could not be read
+
+
+def cached_features(
+    function: Callable[[Sequence[Path]], Iterable[Tensor | str]],
+    paths: Sequence[Path],
+    folder: Path,
+    script: str,
+    model: str,
+    options: Sequence = (),
+    use_cache: bool = True,
+) -> tuple[Features, list[Path]]:
+    """The features of image files in a folder, and the files that were read now since the cache did not have them.
+
+    `function` computes features from paths, as `apply` and `compute` do. The cache is a folder in the user's cache folder
+    (XDG_CACHE_HOME, by default ~/.cache) for this script, image folder, model file and options; it replaces those of other
+    models and options. Unreadable files are remembered as well, until they change. An interrupted run keeps what it has.
+    """
+    from tqdm import tqdm
+
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dinoreg")
+    caches /= f"{script}-{folder.resolve().name}-{digest(str(folder.resolve()))}"
+    cache = caches / digest([Path(model).name, stamp(Path(model)), dinoreg.__version__, *options])
+    names = {str(path.absolute()): path for path in paths}
+    stamps = {name: stamp(path) for name, path in names.items()}
+    features: Features = {}
+    for shard in sorted(cache.glob("*.safetensors")) if use_cache else ():
+        entries = read_shard(shard)
+        current = {names[name]: x for name, (when, x) in entries.items() if name in names and when == stamps[name]}
+        features |= current
+        if not current:
+            shard.unlink()
+    new, unsaved, size = [path for path in paths if path not in features], {}, 0
+
+    def save() -> None:
+        """Write the unsaved features to a shard, and take the memory-mapped ones of the shard instead."""
+        cache.mkdir(parents=True, exist_ok=True)
+        shard = cache / f"{time.time_ns()}.safetensors"
+        write_shard({name: (stamps[name], x) for name, x in unsaved.items()}, shard)
+        features.update({names[name]: x for name, (_, x) in read_shard(shard).items()})
+        unsaved.clear()
+
+    try:
+        for path, x in zip(new, tqdm(function(new), total=len(new), unit="image", disable=not new or None)):
+            features[path] = x
+            if use_cache and (isinstance(x, Tensor) or "pip install" not in x):  # with that package it may be readable
+                unsaved[str(path.absolute())] = x
+            size += x.nbytes if isinstance(x, Tensor) else 0
+            if size > SHARD and unsaved:
+                save()
+                size = 0
+    finally:
+        if unsaved:
+            save()
+    where = "no cache"
+    if use_cache:
+        for old in set(caches.glob("*")) - {cache}:
+            shutil.rmtree(old, ignore_errors=True)
+        where = f"{cache}, {sum(file.stat().st_size for file in cache.glob('*')) / 1e6:.1f} MB"
+    kept = len(paths) - len(new)
+    print(f"features of {len(paths)} images: {len(new)} computed, {kept} from the cache ({where})", file=sys.stderr)
+    return features, new
+
+
 def stamp(path: Path) -> list[int] | None:
     """The size and modification time of a file, which change with its contents; None if there is no such file."""
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+
+
+def digest(key: str | Sequence) -> str:
+    """A file name for a key of JSON."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def write_shard(entries: dict[str, tuple[list[int] | None, Tensor | str]], path: Path) -> None:
+    """Write the stamps and features of files; features are joined to one tensor, as each may have another shape."""
+    files = [(name, when, x if isinstance(x, str) else list(x.shape)) for name, (when, x) in entries.items()]
+    tensors = [x.flatten() for _, x in entries.values() if isinstance(x, Tensor)]
+    joined = torch.cat(tensors) if tensors else torch.empty(0)
+    dinoreg.write_tensors({"features": joined}, path, {"files": json.dumps(files)})
+
+
+def read_shard(path: Path) -> dict[str, tuple[list[int] | None, Tensor | str]]:
+    tensors, metadata = dinoreg.read_tensors(path)
+    files = json.loads(metadata["files"])
+    parts = iter(tensors["features"].split([math.prod(x) for *_, x in files if not isinstance(x, str)]))
+    return {name: (when, x if isinstance(x, str) else next(parts).view(x)) for name, when, x in files}
 
 
 def feature_key(model: str, layers: int, size: int, paths: Iterable[Path]) -> str:
     """A hash that changes if the model, the options or the contents of the files do: the key of cached features."""
     stamps = [(str(path), stamp(path)) for path in (Path(model), *paths)]
     return hashlib.sha256(json.dumps([layers, size, stamps]).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features and pictures of them
 
 
 def name_pictures(images: Sequence[Path], folder: Path, kind: str) -> list[Path]:

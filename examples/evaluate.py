@@ -10,9 +10,8 @@ For official models, the accuracy stated in the official README is printed below
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 import common
 import dinoreg
@@ -44,65 +43,70 @@ def published(name: str, layers: int) -> str | None:
     return f"the official README states {best}% top-1 for the best linear head, and no figure for this one"
 
 
-def number_classes(folder: Path, model: dinoreg.LinearClassifier) -> dict[Path, int]:
-    """The index of the class of each sub-folder. Raises a ValueError if they are not the classes of the model."""
+def find_classes(folder: Path) -> list[Path]:
+    """The sub-folders of a folder, sorted, without hidden ones: one for each class."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    num_classes, labels = model.linear_head.out_features, model.labels or []
-    if len(folders) != num_classes:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def find_labelled(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int]]:
+    """The image files in a folder's sub-folders, each with the index of its class. Sub-folders are matched with labels by
+    name, or else by order. Raises a ValueError if they are not the classes."""
+    folders = find_classes(folder)
+    if len(folders) != len(labels):
         raise ValueError(
-            f"{folder}: {len(folders)} sub-folders, but the model has {num_classes} classes; "
+            f"{folder}: {len(folders)} sub-folders, but the model has {len(labels)} classes; "
             "make one sub-folder of images for each"
         )
     unknown = [path.name for path in folders if path.name not in labels]
-    if len(unknown) == num_classes:
-        return {path: i for i, path in enumerate(folders)}
-    if unknown:
+    if unknown and len(unknown) < len(labels):
         raise ValueError(f"{folder}: some sub-folders are named like classes of the model, but {unknown[0]!r} is not")
-    return {path: labels.index(path.name) for path in folders}
+    order = range(len(labels)) if unknown else [labels.index(path.name) for path in folders]
+    return [(path, i) for one, i in zip(folders, order) for path in dinoreg.find_images([one]) if path != one]
 
 
 def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     model = dinoreg.load(args.model, args.layers, args.device)
     if not isinstance(model, dinoreg.LinearClassifier):
         raise ValueError(f"{args.model} has no classifier; official models with one have names that end in _lc")
-    numbers = number_classes(args.folder, model)
-    images = [(path, i) for one, i in numbers.items() for path in dinoreg.find_images([one]) if path != one]
+    images = find_labelled(args.folder, model.labels or [""] * model.linear_head.out_features)
     paths = [path for path, _ in images]
 
-    first = among_five = readable = 0
+    top1 = top5 = 0
+    unreadable = {}
     results = dinoreg.classify(model, paths, batch_size=args.batch_size)
-    for (path, number), result in zip(images, tqdm(results, total=len(paths), unit="image")):
+    for (path, label), result in zip(images, tqdm(results, total=len(paths), unit="image", disable=None)):
         if isinstance(result, Exception):
-            tqdm.write(f"evaluate: {path}: {common.reason(result)}", file=sys.stderr)
+            unreadable[path] = common.reason(result)
             continue
         best = result.topk(min(5, len(result))).indices.tolist()
-        first += number == best[0]
-        among_five += number in best
-        readable += 1
+        top1 += label == best[0]
+        top5 += label in best
+    status, readable = common.report("evaluate", unreadable), len(paths) - len(unreadable)
     if not readable:
         raise ValueError(f"{args.folder}: no image in its sub-folders can be read")
 
-    print(f"{args.model}: top-1 {first / readable:.2%}, top-5 {among_five / readable:.2%} of {readable:,} images")
+    print(f"{args.model}: top-1 {top1 / readable:.2%}, top-5 {top5 / readable:.2%} of {readable:,} images")
     if statement := published(args.model, args.layers):
         print(statement)
-    return 1 if readable < len(paths) else 0
+    return status
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("folder", type=Path, help="has one sub-folder of images per class")
     add("--model", default="vits14_reg_lc", help="an official classifier or a file of one (default: %(default)s)")
     add("--layers", type=int, choices=(1, 4), default=4, help="layers that the official classifier uses (default: 4)")
-    add("--batch-size", type=int, default=32, metavar="B", help="images in a forward pass (default: %(default)s)")
+    add(
+        "--batch-size", type=common.positive, default=32, metavar="B", help="images in a forward pass (default: %(default)s)"
+    )
     common.add_device(parser)
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
-    return common.run(run, args)
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

