@@ -306,7 +306,7 @@ def colour(patches: Tensor, foreground: Tensor) -> Tensor:
         components = principal_components(patches[foreground])
         low, high = components.quantile(torch.tensor([0.1, 0.9]), dim=0)  # of most patches, so that these have vivid colours
         scaled = ((components - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-        colours[foreground] = 0.15 + 0.85 * scaled  # darker than the background is none
+        colours[foreground] = scaled + (0.6 - scaled.amax(dim=1, keepdim=True)).clamp(min=0)  # grey, as black is background
     return colours
 
 

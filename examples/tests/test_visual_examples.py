@@ -120,7 +120,8 @@ def test_foreground_is_the_side_away_from_the_border_and_the_rest_is_black(swap)
     colours = common.colour(patches, foreground.flatten())
     assert (colours[~inside.flatten()] == 0).all()
     inside = colours[inside.flatten()]
-    assert torch.allclose(inside.amin(dim=0), torch.tensor(0.15)) and torch.allclose(inside.amax(dim=0), torch.tensor(1.0))
+    assert (inside.amin(dim=0) == 0).all() and (inside.amax(dim=0) == 1).all()
+    assert (inside.amax(dim=1) > 0.59).all()  # none is taken for background
 
 
 def test_colours_of_degenerate_images():
