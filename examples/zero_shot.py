@@ -137,7 +137,7 @@ def fetch(part: str) -> Path:
 
 def load(kind: type[nn.Module], path: Path) -> nn.Module:
     """A `VisionHead` or `TextEncoder` of the official size from a file, memory-mapped."""
-    with torch.device("meta"):
+    with torch.device("meta"), dinoreg._SkipInit():
         module = kind()
     try:
         module.load_state_dict(dinoreg.read_tensors(path)[0], assign=True)
