@@ -1139,6 +1139,25 @@ def classify(
                 yield next(probabilities) if isinstance(image, Tensor) else image
 
 
+def describe(path: Path, result: Tensor | Exception, labels: Sequence, top: int) -> dict:
+    """The JSON record of one image: its most probable classes, or the error."""
+    record: dict = {"image": re.sub("^(https?):/", r"\1://", str(path))}  # a Path has one slash
+    if isinstance(result, Exception):
+        return record | {"error": getattr(result, "strerror", None) or str(result) or repr(result)}
+    best = zip(*(x.tolist() for x in result.topk(min(top, len(result)))))
+    return record | {"predictions": [{"index": i, "label": str(labels[i]), "probability": p} for p, i in best]}
+
+
+def print_record(record: dict, width: int) -> None:
+    """Print a record as text, with file names in a column of this width; errors go to standard error."""
+    name = printable(record["image"])
+    if "error" in record:
+        print(f"dinoreg: {name}: {printable(record['error'])}", file=sys.stderr, flush=True)
+    for prediction in record.get("predictions", ()):
+        print(f"{name:{width}}  {prediction['probability']:6.1%}  {printable(prediction['label'])}", flush=True)
+        name = ""
+
+
 def printable(text: str) -> str:
     """Text on one line, with escapes for characters that standard output cannot show."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -1173,25 +1192,14 @@ def run(args: argparse.Namespace) -> int:
     progress = sys.stderr.isatty() and len(paths) > args.batch_size
     failed = 0
     for done, result in enumerate(classify(model, paths, args.size, args.keep_aspect, args.fast, args.batch_size)):
-        image = re.sub("^(https?):/", r"\1://", str(paths[done]))  # a Path has one slash
-        record: dict = {"image": image}
-        if isinstance(result, Exception):
-            record["error"] = getattr(result, "strerror", None) or str(result) or repr(result)
-        else:
-            best = zip(*(x.tolist() for x in result.topk(min(args.top, len(result)))))
-            record["predictions"] = [{"index": i, "label": str(labels[i]), "probability": p} for p, i in best]
+        record = describe(paths[done], result, labels, args.top)
         failed += "error" in record
         if progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        name = printable(image)
         if args.json:
             print(json.dumps(record), flush=True)
-        elif "error" in record:
-            print(f"dinoreg: {name}: {printable(record['error'])}", file=sys.stderr, flush=True)
         else:
-            for prediction in record["predictions"]:
-                print(f"{name:{width}}  {prediction['probability']:6.1%}  {printable(prediction['label'])}", flush=True)
-                name = ""
+            print_record(record, width)
         if progress and done + 1 < len(paths):
             print(f"{done + 1}/{len(paths)}", end="", file=sys.stderr, flush=True)
     return 1 if failed else 0

@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -243,7 +243,7 @@ def main() -> int:
     add("--no-cache", action="store_true", help="neither read nor write vectors of classes in ~/.cache/dinoreg")
     add("--json", action="store_true", help="print one JSON object per line, for each photo")
     common.add_device(parser)
-    return common.run(run, parser.parse_args())
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
