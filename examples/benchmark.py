@@ -287,12 +287,12 @@ def fast(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
             row[f"cosine, {label}"] = f"{F.cosine_similarity(model.embed(full), features).item():.5f}"
         yield row
     random.seed(0)
-    batches, nearest = torch.stack([dinoreg.preprocess(path) for path in save_crops(temp, 96).iterdir()]).split(16), []
+    crops, nearest = torch.stack([dinoreg.preprocess(path) for path in save_crops(temp, 96).iterdir()]), []
     for version in (model, half):
-        features = F.normalize(torch.cat([version.embed(batch).float() for batch in batches]), dim=1)
+        features = F.normalize(torch.cat([version.embed(batch).float() for batch in crops.split(16)]), dim=1)
         nearest.append((features @ features.T).fill_diagonal_(-1).argmax(dim=1))
     same = (nearest[0] == nearest[1]).sum()
-    print(f"\nOf 96 random crops of these photos, {same} have the same nearest neighbour in float32 and bfloat16.")
+    print(f"\nOf {len(crops)} random crops of these photos, {same} have the same nearest neighbour in float32 and bfloat16.")
     print(f"`best_dtype({args.device!r})` is {dinoreg.best_dtype(args.device)} here.")
 
 
