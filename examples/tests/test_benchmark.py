@@ -138,6 +138,7 @@ def test_benchmark_of_the_start(torch_home_with_hub):
     assert rows["dinoreg"][1] == 1 and rows["dinoreg"][2] > rows["import torch"][2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_memory_of_a_process():
     seconds, megabytes = benchmark.numbers_of([*benchmark.PYTHON, benchmark.MEMORY, "", "x = torch.ones(5_000_000)"])

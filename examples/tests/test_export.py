@@ -46,6 +46,7 @@ def test_export_of_a_classifier_to_onnx(size, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.safetensors"]
 
 
+@pytest.mark.slow
 def test_export_of_a_backbone_to_onnx(weights, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
