@@ -62,7 +62,7 @@ def set_size(backbone: dinoreg.DinoVisionTransformer, size: int | None) -> tuple
 
 
 def set_square(backbone: dinoreg.DinoVisionTransformer, size: int | None) -> int:
-    """Do the same for a crop that must be square and consist of whole patches; return its side."""
+    """Do what `set_size` does, and return the side. Raises a ValueError unless images are squares of whole patches."""
     H, W = set_size(backbone, size)
     if H != W:
         raise ValueError(f"the transform of this model makes images of {H} x {W} pixels: --size is needed, for square ones")
@@ -131,8 +131,8 @@ def compute(
 def apply(
     function: Callable[[Tensor], Tensor], paths: Sequence[Path], transform: dinoreg.Transform, device: str
 ) -> Iterator[Tensor | str]:
-    """For each image file in turn: what a function of images (B, 3, H, W) returns for it, on the CPU; or why it could not be
-    read."""
+    """For each image file in turn: the row that a function of images (B, 3, H, W) returns for it, on the CPU; or the reason
+    why it could not be read."""
     read = functools.partial(read_image, normalized=False, transform=transform)
     return compute(lambda images: function(torch.stack(images).to(device)).cpu(), read, paths, transform)
 
@@ -175,17 +175,17 @@ def cached_features(
     names = {str(path.absolute()): path for path in paths}
     stamps = {name: stamp(path) for name, path in names.items()}
     features: Features = {}
+    if use_cache:
+        cache.mkdir(parents=True, exist_ok=True)  # fails early if that is not possible
     for shard in sorted(cache.glob("*.safetensors")) if use_cache else ():
         entries = read_shard(shard)
-        current = {names[name]: x for name, (when, x) in entries.items() if name in names and when == stamps[name]}
-        features |= current
-        if not current:
+        features |= {names[name]: x for name, (when, x) in entries.items() if name in names and when == stamps[name]}
+        if all(stamp(Path(name)) != when for name, (when, _) in entries.items()):  # its images are gone or have changed
             shard.unlink()
     new, unsaved, size = [path for path in paths if path not in features], {}, 0
 
     def save() -> None:
         """Write the unsaved features to a shard, and take the memory-mapped ones of the shard instead."""
-        cache.mkdir(parents=True, exist_ok=True)
         shard = cache / f"{time.time_ns()}.safetensors"
         write_shard({name: (stamps[name], x) for name, x in unsaved.items()}, shard)
         features.update({names[name]: x for name, (_, x) in read_shard(shard).items()})
@@ -210,12 +210,16 @@ def cached_features(
         where = f"{cache}, {sum(file.stat().st_size for file in cache.glob('*')) / 1e6:.1f} MB"
     kept = len(paths) - len(new)
     print(f"features of {len(paths)} images: {len(new)} computed, {kept} from the cache ({where})", file=sys.stderr)
-    return features, new
+    return {path: features[path] for path in paths}, new
 
 
 def stamp(path: Path) -> list[int] | None:
     """The size and modification time of a file, which change with its contents; None if there is no such file."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def digest(key: str | Sequence) -> str:
@@ -312,10 +316,13 @@ def colour(patches: Tensor, foreground: Tensor) -> Tensor:
 
 def run(function: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Exit status of an example: what `function(args)` returns (0, or 1 if some inputs failed); 2 if it could not run."""
+    script = Path(inspect.getfile(function))
     try:
         return function(args)
     except KeyboardInterrupt:
         return 130
+    except ModuleNotFoundError as error:  # packages are imported where they are used
+        print(f"{script.stem}: {error}: see the head of {script.name} for what to install", file=sys.stderr)
     except (OSError, ValueError, RuntimeError) as error:  # a file, the network, a device
-        print(f"{Path(inspect.getfile(function)).stem}:", str(error).partition("\n")[0], file=sys.stderr)
-        return 2
+        print(f"{script.stem}:", str(error).partition("\n")[0], file=sys.stderr)
+    return 2

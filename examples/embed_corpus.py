@@ -193,7 +193,6 @@ def plan(paths: pa.Table, model: dinoreg.DinoVisionTransformer, args: argparse.N
 
 def run_here(paths: pa.Table, files: list[str], model: dinoreg.DinoVisionTransformer, args: argparse.Namespace) -> None:
     """Embed what is not done in a loop; threads read the next batch while the model computes."""
-    import pyarrow.dataset
     from tqdm import tqdm
 
     args.device = args.device or dinoreg.best_device()
@@ -210,6 +209,8 @@ def run_here(paths: pa.Table, files: list[str], model: dinoreg.DinoVisionTransfo
         if not files:
             yield from ((path, None) for path in todo["path"].to_pylist())
             return
+        import pyarrow.dataset
+
         storage, _ = fsspec.url_to_fs(files[0])
         tables = pyarrow.dataset.dataset([fsspec.url_to_fs(file)[1] for file in files], filesystem=storage)
         for batch in tables.to_batches(["uri", "bytes"], batch_size=args.batch_size):
@@ -326,8 +327,9 @@ def silence() -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()
-            os.dup2(out, 1)
-            os.dup2(err, 2)
+            for descriptor, original in [(1, out), (2, err)]:
+                os.dup2(original, descriptor)
+                os.close(original)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -337,7 +339,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         paths, files = read_inputs(args.source)
         args.output = str(Path(args.output).resolve()) if "://" not in args.output else args.output
-    except ImportError as error:  # of s3fs or the like
+    except ImportError as error:  # of s3fs or the like: fsspec says what to install
         raise ValueError(f"{args.source}: {error}") from None
     if args.ray or os.environ.get("RAY_ADDRESS"):
         with silence():

@@ -83,7 +83,7 @@ def train_head(model: dinoreg.LinearClassifier, x: Tensor, y: Tensor, val_x: Ten
         y = y[:, None].expand(-1, len(rates))
         return F.cross_entropy(logits, y, reduction="none").mean(dim=0), (logits.argmax(dim=1) == y).sum(dim=0)
 
-    for _ in tqdm(range(HEAD_STEPS), unit="step"):
+    for _ in tqdm(range(HEAD_STEPS), unit="step", disable=None):
         batch = torch.randint(len(x), (HEAD_BATCH,), device=x.device)
         optimizer.zero_grad()
         (losses(x[batch], y[batch])[0] @ rates).backward()
@@ -136,7 +136,7 @@ def finetune(model: dinoreg.LinearClassifier, paths: list[Path], classes: Tensor
     order = [batch for _ in range(args.epochs) for batch in torch.randperm(len(paths)).split(BATCH)]
     items = ([(paths[i], torch.rand(5)) for i in batch] for batch in order)  # drawn here, as threads would draw in any order
     images = common.read_ahead(lambda item: random_crop(*item, size, not args.no_flip, model.transform), items)
-    for batch, crops in zip(bar := tqdm(order, unit="step"), images):
+    for batch, crops in zip(bar := tqdm(order, unit="step", disable=None), images):
         with torch.autocast(args.device, torch.bfloat16, enabled=on_gpu):
             logits = model(torch.stack(crops).to(args.device))
         loss = F.cross_entropy(logits.float(), classes[batch].to(args.device))

@@ -293,6 +293,16 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
     assert not output.exists()
 
 
+def test_ray_is_asked_for_where_it_is_missing(call, tmp_path, model, output, monkeypatch):
+    monkeypatch.setattr(embed_corpus, "silence", contextlib.nullcontext)  # it is for whole processes
+    monkeypatch.setitem(sys.modules, "ray", None)
+    save_images(tmp_path / "images", 1)
+    for options, address in [(["--ray"], ""), ([], "ray://127.0.0.1:10001")]:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        status, stdout, (line,) = call("images", output, model, *options)
+        assert (status, stdout) == (2, "") and "ray" in line and "what to install" in line, line
+
+
 def test_a_batch_may_have_no_image(tmp_path):
     model = dinoreg.DinoVisionTransformer(CONFIG).eval()
     model.transform = dinoreg.Transform().at_size(16)
@@ -406,8 +416,11 @@ def test_ray_finishes_what_a_loop_began_though_a_worker_is_killed(cluster, call,
 @pytest.mark.slow
 @needs_proc
 def test_a_loop_finishes_what_a_killed_ray_job_began(cluster, call, tmp_path, model, output):
-    paths = save_images(tmp_path / "images", 2200)
-    process = start(cluster, "images", output, model)
+    paths = save_images(tmp_path / "images", 120)
+    code = "import embed_corpus; embed_corpus.ROWS = 16; embed_corpus.main()"
+    command = [sys.executable, "-c", code, tmp_path / "images", "--output", output, "--model", model, "--threads", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*map(str, command)], env=cluster, cwd=HERE, **pipes)
     wait_for(lambda: list(output.glob("*.parquet")))
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
@@ -415,7 +428,7 @@ def test_a_loop_finishes_what_a_killed_ray_job_began(cluster, call, tmp_path, mo
     complete = [path for path in output.glob("*.parquet") if path.read_bytes()[-4:] == b"PAR1"]
     before = {path: path.stat().st_mtime_ns for path in complete}
 
-    assert call("images", output, model) == (1, f"{output}: 2200 images, 23 of which could not be read\n", [])
+    assert call("images", output, model) == (1, f"{output}: 120 images, 2 of which could not be read\n", [])
     assert before.items() <= modification_times(output).items()
     check(read(output), paths, model)
 
@@ -438,10 +451,9 @@ def test_a_remote_cluster_writes_the_rows_of_a_loop(cluster, call, tmp_path, mod
 
 
 @pytest.mark.slow
-def test_benchmark_of_a_corpus():
-    pytest.importorskip("ray.data")
+def test_benchmark_of_a_corpus(cluster):
     command = [sys.executable, HERE / "benchmark.py", "corpus", "--images", "4", "--turns", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
+    result = subprocess.run(command, capture_output=True, text=True, env=cluster)
     assert result.returncode == 0, result.stderr
     *_, row = [line for line in result.stdout.splitlines() if line.startswith("|")]
     count, loop, ray, ratio, per_hour = (float(cell.replace(",", "")) for cell in row.strip("| ").split(" | "))
