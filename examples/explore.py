@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     transform = next(iter(models.values())).transform
     photos: list[dict] = []
     seen: dict[str, list[dict[str, Tensor]]] = {source: [] for source in models}
-    for path, x, maps in see_photos(models, images, args.layers):
+    for path, x, maps in see_photos("explore", models, images, args.layers):
         _, H, W = x.shape
         photos.append({"name": path.name, "width": W, "height": H, "image": encode_image(x, transform)})
         for source in models:

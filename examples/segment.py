@@ -51,6 +51,7 @@ def tile_starts(length: int, tile: int) -> list[int]:
     return torch.linspace(0, max(0, length - tile), count).round().int().tolist()
 
 
+@torch.inference_mode()
 def run_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, backbone: dinoreg.DinoVisionTransformer) -> Tensor:
     """What a function (B, 3, H, W) -> (B, K, h, w) of a backbone gives for an image (3, H, W), in tiles: (K, h, w).
 
@@ -163,7 +164,6 @@ def draw_similarity(similarity: np.ndarray, threshold: float) -> Image.Image:
     return Image.fromarray(colormaps["viridis"](scaled.clip(0, 1), bytes=True)).convert("RGB")
 
 
-@torch.inference_mode()
 def run(args: argparse.Namespace) -> int:
     if args.weights:
         segment = load(args.weights, args.device)

@@ -16,9 +16,11 @@ rate. A fifth of the photos is held out, unless --val names others; masks are co
 """
 
 import argparse
+import functools
 import math
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,44 +67,32 @@ def find_pairs(images: Path, masks: Path, classes: Classes | None, ignore: int) 
     return [pair for pair, count in zip(pairs, counts) if count], errors, max(counts, default=0)
 
 
-def cache_features(
-    backbone: dinoreg.DinoVisionTransformer, name: str, layers: int, photos: list[Path], folder: Path
-) -> tuple[dict[Path, Path], list[str]]:
-    """A file of features (layers * D, h, w), float16, for each photo that can be read; and why others cannot be.
+def compute_features(
+    args: argparse.Namespace, backbone: dinoreg.DinoVisionTransformer, photos: Sequence[Path]
+) -> common.Features:
+    """What the head sees of each photo, (layers * D, h, w), float16; or why the photo cannot be read."""
 
-    Only what the folder does not hold is computed.
-    """
-    size, device = backbone.transform.size[0], backbone.pos_embed.device
-    files = {photo: folder / f"{common.feature_key(name, layers, size, [photo])}.safetensors" for photo in photos}
-    new, errors = [photo for photo in photos if not files[photo].exists()], []
-    folder.mkdir(exist_ok=True)
-    for photo in tqdm(new, unit="image", disable=not new):
-        x = common.read_image(photo, None, True, backbone.patch_size, transform=backbone.transform)
-        if isinstance(x, str):
-            errors.append(f"{photo}: {x}")
-            del files[photo]
-        else:
-            features = patch_features(backbone, x[None].to(device), layers)[0].half().cpu()
-            dinoreg.write_tensors({"features": features}, files[photo], {"photo": str(photo)})
-    print(f"{folder}: {len(new) - len(errors)} photos computed, {len(photos) - len(new)} kept")
-    return files, errors
+    def read(photo: Path) -> Tensor | str:
+        return common.read_image(photo, None, True, backbone.patch_size, False, False, backbone.transform)
+
+    def function(images: list[Tensor]) -> list[Tensor]:
+        return [patch_features(backbone, x[None].to(args.device), args.layers)[0].half().cpu() for x in images]
+
+    compute = functools.partial(common.compute, function, read, transform=backbone.transform)
+    options = [args.layers, args.resolution]
+    return common.cached_features(compute, photos, args.images, "train_segmenter", args.model, options, not args.no_cache)[0]
 
 
-def read_features(path: Path) -> Tensor:
-    return dinoreg.read_tensors(path)[0]["features"].float()  # (layers * D, h, w)
-
-
-def train(model: Segmenter, pairs: list[Pair], files: dict[Path, Path], ignore: int, steps: int) -> None:
+def train(model: Segmenter, pairs: list[Pair], features: common.Features, ignore: int, steps: int) -> None:
     """Train the head on the cached features of photos and their masks, resized to the input of the model."""
     device, P = model.backbone.pos_embed.device, model.backbone.patch_size
 
     def read(pair: Pair) -> tuple[Tensor, Tensor]:
         photo, path = pair
-        features = read_features(files[photo])
-        _, h, w = features.shape
+        _, h, w = features[photo].shape
         mask = Image.fromarray(read_mask(path, photo, model.classes, ignore))
         mask = np.array(mask.resize((w * P, h * P), Image.Resampling.NEAREST))
-        return features, torch.from_numpy(mask)[None].long()
+        return features[photo].float(), torch.from_numpy(mask)[None].long()
 
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -113,13 +103,10 @@ def train(model: Segmenter, pairs: list[Pair], files: dict[Path, Path], ignore: 
     bar = tqdm(common.read_ahead(read, common.split_batches(order, BATCH)), total=steps, unit="step")
     model.head.train()
     for batch in bar:
-        features, masks = ([x.to(device) for x in part] for part in zip(*batch))
-        logits = model.head(torch.cat([x.flatten(1) for x in features], dim=1)[None, ..., None])  # (1, K, all patches, 1)
-        parts = [
-            part.unflatten(2, x.shape[1:])[..., 0]
-            for part, x in zip(logits.split([x[0].numel() for x in features], 2), features)
-        ]
-        pixels = [F.interpolate(part, mask.shape[1:], mode="bilinear") for part, mask in zip(parts, masks)]  # (1, K, H, W)
+        inputs, masks = ([x.to(device) for x in part] for part in zip(*batch))  # (layers * D, h, w) and (1, H, W) of each
+        logits = model.head(torch.cat([x.flatten(1) for x in inputs], dim=1)[None, ..., None])  # (1, K, all patches, 1)
+        parts = zip(logits[..., 0].split([x[0].numel() for x in inputs], dim=2), inputs, masks)
+        pixels = [F.interpolate(part.unflatten(2, x.shape[1:]), mask.shape[1:], mode="bilinear") for part, x, mask in parts]
         loss = sum(F.cross_entropy(*pair, ignore_index=IGNORED, reduction="sum") for pair in zip(pixels, masks))
         loss = loss / max(1, sum((mask != IGNORED).sum().item() for mask in masks))
         optimizer.zero_grad()
@@ -131,12 +118,12 @@ def train(model: Segmenter, pairs: list[Pair], files: dict[Path, Path], ignore: 
 
 
 @torch.inference_mode()
-def evaluate(model: Segmenter, pairs: list[Pair], files: dict[Path, Path], ignore: int) -> dict:
+def evaluate(model: Segmenter, pairs: list[Pair], features: common.Features, ignore: int) -> dict:
     """What `score` says of photos: masks at their full resolution, features from the cache."""
     confusions = 0
     for photo, mask in tqdm(pairs, unit="image"):
         truth = read_mask(mask, photo, model.classes, ignore)
-        (logits,) = model.head(read_features(files[photo])[None].to(model.backbone.pos_embed.device))
+        (logits,) = model.head(features[photo][None].float().to(model.backbone.pos_embed.device))
         confusions = confusions + confusion(truth, classify_pixels(logits, *truth.shape), len(model.classes))
     return score(confusions, model.classes)
 
@@ -153,11 +140,11 @@ def run(args: argparse.Namespace) -> int:
     held_out, more, other = find_pairs(*args.val, classes, args.ignore) if args.val else ([], [], 0)
     if pairs and not classes:
         classes = name_classes(max(count, other), pairs[0][1])
-    folder = args.images.resolve().with_name(f"{args.images.resolve().name}.features")
-    files, unreadable = cache_features(backbone, args.model, args.layers, [photo for photo, _ in pairs + held_out], folder)
-    for error in (errors := errors + more + unreadable):
+    features = compute_features(args, backbone, [photo for photo, _ in pairs + held_out])
+    errors += more + [f"{photo}: {x}" for photo, x in features.items() if isinstance(x, str)]
+    for error in errors:
         print(f"train_segmenter: {error}", file=sys.stderr)
-    pairs, held_out = ([pair for pair in part if pair[0] in files] for part in (pairs, held_out))
+    pairs, held_out = ([pair for pair in part if isinstance(features[pair[0]], Tensor)] for part in (pairs, held_out))
     if not args.val:
         pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
         fifth = math.ceil(len(pairs) / 5)
@@ -169,8 +156,8 @@ def run(args: argparse.Namespace) -> int:
 
     torch.manual_seed(0)
     model = Segmenter(backbone, classes, args.layers).to(args.device).eval()
-    train(model, pairs, files, args.ignore, args.steps)
-    scores = evaluate(model, held_out, files, args.ignore)
+    train(model, pairs, features, args.ignore, args.steps)
+    scores = evaluate(model, held_out, features, args.ignore)
     mean, accuracy = scores["mean_iou"], scores["pixel_accuracy"]
     print(f"mean IoU {mean:.1%}, pixel accuracy {accuracy:.1%} on {len(held_out)} held-out photos")
     for name, iou in scores["iou"].items():
@@ -193,14 +180,12 @@ def main(argv: list[str] | None = None) -> int:
     rule = "the whole photo is resized to as many pixels as a square of this side has"
     add("--resolution", type=int, default=448, metavar="PIXELS", help=f"{rule} (default: %(default)s)")
     add("--layers", type=int, choices=(1, 4), default=1, help="last blocks whose patch tokens the head sees (default: 1)")
-    add("--steps", type=int, default=500, help=f"training steps, of {BATCH} photos each (default: %(default)s)")
+    add("--steps", type=common.positive, default=500, help=f"training steps, of {BATCH} photos each (default: %(default)s)")
     output = Path("segmenter.safetensors")
     add("-o", "--output", type=Path, default=output, metavar="FILE", help="the trained head (default: %(default)s)")
+    common.add_no_cache(parser)
     common.add_device(parser)
-    args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error("--steps must be at least 1")
-    return common.run(run, args)
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

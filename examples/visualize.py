@@ -51,13 +51,13 @@ def see(model: dinoreg.DinoVisionTransformer, x: Tensor, layers: Sequence[int] =
 
 
 def see_photos(
-    models: Models, images: Sequence[Path], layers: Sequence[int] = (-1,)
+    script: str, models: Models, images: Sequence[Path], layers: Sequence[int] = (-1,)
 ) -> Iterator[tuple[Path, Tensor, dict[str, dict[str, Tensor]]]]:
     """For each image that can be read: its path, the input of the first model, and what each model sees."""
     for image in tqdm(images, unit="image"):
         inputs = [common.read_image(image, None, True, x.patch_size, transform=x.transform) for x in models.values()]
         if isinstance(inputs[0], str):
-            tqdm.write(f"{Path(sys.argv[0]).stem}: {image}: {inputs[0]}", file=sys.stderr)
+            tqdm.write(f"{script}: {image}: {inputs[0]}", file=sys.stderr)
         else:
             yield image, inputs[0], {name: see(model, x, layers) for (name, model), x in zip(models.items(), inputs)}
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = dict(zip(images, common.name_pictures(images, args.output, "features")))
 
     norms: dict[str, list[Tensor]] = {name: [] for name in models}
-    photos, done = see_photos(models, images), 0
+    photos, done = see_photos("visualize", models, images), 0
     groups = ([photo] for photo in photos) if args.per_photo else [list(photos)]  # colours compare within a group
     for group in filter(None, groups):
         done += len(group)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.p
 TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16)
 CLASSES = {"blue sky": (20, 30, 220), "leaf": (20, 200, 40), "brick": (220, 30, 20)}
 
+import common
 import masks
 import segment
 import train_segmenter
@@ -84,21 +86,23 @@ def call(monkeypatch, capsys):
 
     def call(script, *arguments):
         name = script.__name__
-        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])  # for argparse's messages
         capsys.readouterr()
         try:
             status = script.main([*map(str, arguments)])
         except SystemExit as exit:  # argparse's
             status = exit.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{name}")]
+        out, call.stderr = capsys.readouterr()
+        assert "Traceback" not in call.stderr
+        return status, out, [line for line in call.stderr.replace("\r", "\n").splitlines() if line.startswith(f"{name}")]
 
     return call
 
 
 @pytest.fixture
-def train(call, data, model):
+def train(call, data, model, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
+
     def train(*arguments, masks=data / "masks"):
         fixed = ["--model", model, "--resolution", 40, "--output", data / "mine.safetensors"]
         return call(train_segmenter, data / "images", masks, *fixed, *arguments)
@@ -186,31 +190,39 @@ def test_the_head_is_batch_norm_and_a_1x1_convolution():
         torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_features_are_computed_once_and_kept_in_half_precision(data, model, train):
-    assert "10 photos computed, 0 kept" in train("--steps", 5)[1]
-    first = dinoreg.read_tensors(data / "mine.safetensors")[0]
-    photos = {str(data / "images" / "3.png")}
-    for path in (data / "images.features").iterdir():
-        tensors, metadata = dinoreg.read_tensors(path)
-        if metadata["photo"] in photos:
-            x = dinoreg.preprocess(metadata["photo"], 40, keep_aspect=True, patch_size=4)[None]
-            with torch.inference_mode():
-                (expected,) = dinoreg.load(model).get_intermediate_layers(x)
-            assert tensors["features"].dtype == torch.float16 and tensors["features"].shape[1:] == (8, 12)
-            torch.testing.assert_close(tensors["features"].flatten(1).T.float(), expected[0], atol=5e-3, rtol=1e-3)
-            photos.remove(metadata["photo"])
-    assert not photos
+def test_features_are_computed_once_and_kept_in_half_precision(data, model, train, call, monkeypatch):
+    seen = {}
+    cached_features = common.cached_features
 
-    assert "0 photos computed, 10 kept" in train("--steps", 5)[1]
+    def spy(*args):
+        seen.update(cached_features(*args)[0])
+        return seen, []
+
+    def computed(*arguments):
+        assert train("--steps", 5, *arguments)[0] == 0
+        return [int(x) for x in re.search(r"(\d+) computed, (\d+) from the cache", call.stderr).groups()]
+
+    monkeypatch.setattr(common, "cached_features", spy)
+    assert computed() == [10, 0] and len(seen) == 10
+    first = dinoreg.read_tensors(data / "mine.safetensors")[0]
+    photo = data / "images" / "3.png"
+    x = dinoreg.preprocess(photo, 40, keep_aspect=True, patch_size=4)[None]
+    with torch.inference_mode():
+        (expected,) = dinoreg.load(model).get_intermediate_layers(x)
+    assert seen[photo].dtype == torch.float16 and seen[photo].shape[1:] == (8, 12)
+    torch.testing.assert_close(seen[photo].flatten(1).T.float(), expected[0], atol=5e-3, rtol=1e-3)
+
+    assert computed() == [0, 10]
     again = dinoreg.read_tensors(data / "mine.safetensors")[0]
     assert all(torch.equal(first[key], again[key]) for key in first)  # the same seed, the same head
-    photo, _ = scene(70)
-    photo.save(data / "images" / "0.png")
-    assert "1 photos computed, 9 kept" in train("--steps", 5)[1]
-    assert "10 photos computed, 0 kept" in train("--steps", 5, "--resolution", 32)[1]
-    assert "0 photos computed, 10 kept" in train("--steps", 5)[1]  # those of the other size are still there
+    scene(70)[0].save(data / "images" / "0.png")
+    assert computed() == [1, 9]
+    assert computed("--no-cache") == [10, 0]
+    assert computed("--layers", 4) == [10, 0]
+    assert computed("--resolution", 32) == [10, 0]
     save_tiny(model, 1)
-    assert "10 photos computed, 0 kept" in train("--steps", 5)[1]
+    assert computed("--resolution", 32) == [10, 0]
+    assert sorted(os.listdir(data)) == ["cache", "classes.txt", "images", "masks", "mine.safetensors", "model.safetensors"]
 
 
 def test_ignored_pixels_do_not_count(data, train):
@@ -230,7 +242,7 @@ def test_ignored_pixels_do_not_count(data, train):
     assert not torch.equal(heads[0], dinoreg.read_tensors(data / "mine.safetensors")[0]["head.1.weight"])
 
 
-def test_what_cannot_be_used_costs_a_line_each(data, train):
+def test_what_cannot_be_used_costs_a_line_each(data, train, call):
     (data / "images" / "0.png").write_text("no image")
     (data / "masks" / "1.png").unlink()
     (data / "images" / "2.png").unlink()
@@ -239,7 +251,7 @@ def test_what_cannot_be_used_costs_a_line_each(data, train):
     (data / "masks" / "5.png").write_bytes((data / "masks" / "5.png").read_bytes()[:90])
     for computed in (4, 0):  # also when features come from the cache
         status, out, errors = train("--steps", 5, "--classes", data / "classes.txt")
-        assert status == 1 and f"{computed} photos computed" in out and "held-out" in out
+        assert status == 1 and f" {computed} computed" in call.stderr and "held-out" in out
         assert len(errors) == 6
         for name, reason in [
             ("images/0.png", "cannot identify"),
@@ -288,7 +300,7 @@ def test_training_says_what_is_wrong_in_a_line(call, data, model):
         ([images, masks, "--resolution", 3], "--resolution must be at least 4"),
         ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
         ([images, masks, "--output", data / "nowhere" / "x.safetensors"], "folder that can be written to"),
-        ([images, masks, "--steps", 0], "--steps must be at least 1"),
+        ([images, masks, "--steps", 0], "argument --steps: must be at least 1"),
     ]:
         status, _, errors = call(train_segmenter, "--model", model, "--resolution", 40, "--output", output, *arguments)
         assert status == 2 and message in errors[-1], (arguments, errors)
@@ -580,7 +592,9 @@ def test_segmenting_goes_on_after_a_bad_photo(data, model, call):
 def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
     arguments = ["--model", model, "--resolution", "40", "--steps", "2", "--output", data / "mine.safetensors"]
     command = [sys.executable, HERE / "train_segmenter.py", data / "images", data / "masks", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "", "XDG_CACHE_HOME": str(data)}
+    )
     assert result.returncode == 0, result.stderr
 
 

@@ -54,12 +54,11 @@ def random_photo(width: int, height: int) -> Image.Image:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(capsys):
     """Run a script in this process: its exit status, standard output and the lines of its error messages."""
 
     def call(script, *arguments):
         name = script.__name__
-        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
         capsys.readouterr()
         status = script.main([*map(str, arguments)])
         out, err = capsys.readouterr()
