@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     paths = dinoreg.find_images(args.images)
     for path in paths:
         try:
-            image = dinoreg.preprocess(path, args.size, True, model.patch_size, transform=model.transform)
+            image = dinoreg.preprocess(path, args.resolution, True, model.patch_size, transform=model.transform)
             images[path] = image.to(args.device)
         except (OSError, ValueError) as error:
             print(f"test_time_registers: {path}: {common.reason(error)}", file=sys.stderr)
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if len(images) < len(paths) else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if there are no outliers or the run could not start."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -160,10 +160,10 @@ def main() -> int:
     add("--model", default="vitl14", help="an official model or a file of weights (default: %(default)s)")
     add("--count", type=int, default=50, help="of neurons (default: %(default)s)")
     add("--cutoff", type=float, default=3, help="outliers have norms above this times the median (default: %(default)s)")
-    area = "side of a square with as many pixels as the resized image"
-    add("--size", type=int, default=518, metavar="PIXELS", help=f"{area} (default: %(default)s)")
+    rule = "the whole image is resized to as many pixels as a square of this side has"
+    add("--resolution", type=int, default=518, metavar="PIXELS", help=f"{rule} (default: %(default)s)")
     common.add_device(parser)
-    return common.run(run, parser.parse_args())
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def make_prompts(classes: list[str], templates: list[str]) -> dict[str, list[str
 def encode_classes(prompts: list[list[str]], args: argparse.Namespace) -> Tensor:
     """The mean of the vectors of each class's prompts (K, 2 D), normalised; from the cache if they were computed before."""
     path, T, vectors = fetch("text_encoder"), len(prompts[0]), []
-    key = json.dumps([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, prompts])
+    key = json.dumps([str(path.resolve()), common.stamp(path), prompts])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dinoreg")
     cache = folder / f"text-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if cache.exists() and not args.no_cache:
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
     head, backbone = load(VisionHead, fetch("vision_head")), common.load_backbone(args.model, args.device)
     text = encode_classes(list(prompts.values()), args).to(args.device)
     model, paths, failed = DinoTxt(backbone, head).to(args.device), dinoreg.find_images(args.images), 0
-    size = args.size or (518 if args.segment else None)
+    size = args.resolution if args.segment else args.size
     read = partial(common.read_image, size=size, keep_aspect=args.segment, normalized=False, transform=backbone.transform)
     results = common.compute(lambda images: compare(model, images, text), read, paths, backbone.transform)
     for path, picture, result in zip(paths, common.name_pictures(paths, args.output, "classes"), results):
@@ -236,9 +236,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--classes", nargs="+", required=True, metavar="CLASS|FILE", help="two or more, or a file with one on each line")
     add("--templates", nargs="+", default=["{}"], metavar="TEXT", help='with {} for the class, or "imagenet": those of CLIP')
     add("--model", default="vitl14_reg", help="the backbone: an official model or a file (default: %(default)s)")
-    add("--size", type=int, metavar="PIXELS", help="side of the images (default: the model's, 518 with --segment)")
+    add("--size", type=int, metavar="PIXELS", help="side of the central crop, without --segment (default: the model's)")
     add("--top", type=int, default=5, metavar="K", help="number of classes to print (default: %(default)s)")
-    add("--segment", action="store_true", help="draw the most similar class of each patch")
+    add("--segment", action="store_true", help="draw the most similar class of each patch of the whole photo")
+    add("--resolution", type=int, default=518, metavar="PIXELS", help="of --segment: as many pixels as this square has")
     add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="of --segment (default: %(default)s)")
     add("--no-cache", action="store_true", help="neither read nor write vectors of classes in ~/.cache/dinoreg")
     add("--json", action="store_true", help="print one JSON object per line, for each photo")

@@ -603,12 +603,12 @@ def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
 
 
 def test_pasted_digits_have_their_exact_mask():
-    train_digits = pytest.importorskip("train_digits")
+    make_digits = pytest.importorskip("make_digits")
     rng = np.random.default_rng(0)
     photo = Image.new("RGB", (700, 200), (255, 255, 255))
     bar = Image.new("L", (28, 28))
     bar.paste(255, (10, 4, 18, 24))
-    image, mask = train_digits.paste_digits(photo, [(bar, 7), (bar, 0), (bar, 7)], rng, columns=4)
+    image, mask = make_digits.paste_digits(photo, [(bar, 7), (bar, 0), (bar, 7)], rng, columns=4)
     assert image.size == mask.size == (672, 168) and set(np.unique(mask)) == {0, 1, 8}
     painted = (np.asarray(image).astype(int) != 255).any(axis=2)
     index = np.asarray(mask)
@@ -616,7 +616,7 @@ def test_pasted_digits_have_their_exact_mask():
     smallest, largest = (8 * 20 / 28**2 * side**2 for side in (126, 168))  # the area of the bar, in the mask's pixels
     assert 0.95 * smallest < (index == 1).sum() < 1.05 * largest
     assert 2 * 0.95 * smallest < (index == 8).sum() < 2 * 1.05 * largest
-    assert mask.getpalette()[:6] == [0, 0, 0, *bytes.fromhex(train_digits.COLOURS[0][1:])]
+    assert mask.getpalette()[:6] == [0, 0, 0, *bytes.fromhex(make_digits.COLOURS[0][1:])]
 
 
 @pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")

@@ -1,7 +1,6 @@
 """Tests of examples/test_time_registers.py: `python -m pytest examples/tests/test_test_time_registers.py`."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,9 +185,8 @@ def test_other_mlps_are_refused():
         add_register(swiglu, {0: [0]})
 
 
-def call(monkeypatch, capsys, *arguments) -> tuple[int, list[dict], str]:
-    monkeypatch.setattr(sys, "argv", ["test_time_registers.py", *map(str, arguments)])
-    status = test_time_registers.main()
+def call(capsys, *arguments) -> tuple[int, list[dict], str]:
+    status = test_time_registers.main(list(map(str, arguments)))
     out, err = capsys.readouterr()
     return status, [json.loads(line) for line in out.splitlines()], err
 
@@ -201,13 +199,13 @@ def write_photo(path: Path) -> Path:
     return path
 
 
-def test_the_script_prints_neurons_and_norms(tmp_path, monkeypatch, capsys):
+def test_the_script_prints_neurons_and_norms(tmp_path, capsys):
     model, weights = planted_model(), tmp_path / "planted.safetensors"
     dinoreg.save(model, weights)
     photo, broken = write_photo(tmp_path / "photo.png"), tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    options = ("--model", weights, "--size", 32, "--count", 1)
-    status, (found, record), err = call(monkeypatch, capsys, broken, photo, *options)
+    options = ("--model", weights, "--resolution", 32, "--count", 1)
+    status, (found, record), err = call(capsys, broken, photo, *options)
     assert status == 1 and err.startswith(f"test_time_registers: {broken}: ") and "Traceback" not in err
     assert found == {"neurons": {"1": [70]}}
 
@@ -225,17 +223,15 @@ def test_the_script_prints_neurons_and_norms(tmp_path, monkeypatch, capsys):
     for name, key in (("cosine_cls", "x_norm_clstoken"), ("cosine_patches", "x_norm_patchtokens")):
         cosines = F.cosine_similarity(features[key], new_features[key], dim=-1)
         assert record[name] == pytest.approx(cosines.mean().item())
-    assert call(monkeypatch, capsys, broken, *options)[0] == 1
-    status, records, err = call(monkeypatch, capsys, photo, *options, "--cutoff", 100)
+    assert call(capsys, broken, *options)[0] == 1
+    status, records, err = call(capsys, photo, *options, "--cutoff", 100)
     assert status == 2 and records == [] and "no patch has a norm above 100 times the median" in err
 
 
 @pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
-def test_mild_outliers_of_a_real_model(monkeypatch, capsys):
+def test_mild_outliers_of_a_real_model(capsys):
     photo = Path(__file__).parents[1] / "images" / "astronaut.jpg"
-    status, (found, record), _ = call(
-        monkeypatch, capsys, photo, "--model", SALIENCY_WEIGHTS, "--cutoff", 1.4, "--size", 280
-    )
+    status, (found, record), _ = call(capsys, photo, "--model", SALIENCY_WEIGHTS, "--cutoff", 1.4, "--resolution", 280)
     assert status == 0 and sum(map(len, found["neurons"].values())) == 50
     assert record["largest_norm"][1] < 0.75 * record["largest_norm"][0]
     assert record["register_norm"] > record["largest_norm"][1]

@@ -5,7 +5,6 @@ import functools
 import http.server
 import json
 import os
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -179,9 +178,8 @@ def call(monkeypatch, capfd):
     """Run the script in this process: its status, its lines, its errors."""
 
     def call(*arguments) -> tuple[int, list[str], str]:
-        monkeypatch.setattr(sys, "argv", ["zero_shot.py", *map(str, arguments)])
         capfd.readouterr()
-        status = zero_shot.main()
+        status = zero_shot.main(list(map(str, arguments)))
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return status, out.splitlines(), err
@@ -288,7 +286,7 @@ def test_segments_of_photos(hub, call, photos, tmp_path):
     other.parent.mkdir()
     other.write_bytes(photos[1].read_bytes())
     output = tmp_path / "pictures"
-    options = ("--classes", *CLASSES, "--segment", "--size", 56, "-o", output)
+    options = ("--classes", *CLASSES, "--segment", "--resolution", 56, "-o", output)
     status, lines, _ = call(photos[0], other, *options, "--json")
     records = [json.loads(line) for line in lines]
     assert status == 0 and len({record["picture"] for record in records}) == 2
