@@ -75,6 +75,8 @@ def read_inputs(source: str) -> tuple[pa.Table, list[str]]:
     if "uri" not in rows.schema.names:
         raise ValueError(f"{source}: Parquet files without a column `uri`")
     paths = rows.to_table(["uri"]).rename_columns(["path"])
+    if not len(paths):
+        raise ValueError(f"{source}: Parquet files without a row")
     if pc.count_distinct(paths["path"], "all").as_py() < len(paths):
         raise ValueError(f"{source}: a uri occurs more than once")
     return paths, uris if "bytes" in rows.schema.names else []

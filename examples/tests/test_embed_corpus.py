@@ -272,6 +272,7 @@ def test_sources(tmp_path):
 def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monkeypatch, ray):
     (tmp_path / "empty").mkdir()
     write_table(tmp_path / "names.parquet", name=["a.jpg"])
+    write_table(tmp_path / "none.parquet", uri=pa.array([], pa.string()))
     write_table(tmp_path / "twice.parquet", uri=["/a.jpg", "/b.jpg", "/a.jpg"])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr(embed_corpus, "run_on_ray", lambda *_: pytest.fail("the cluster is not needed to see this"))
@@ -279,6 +280,7 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
         ("nowhere", [], "no such folder"),
         ("empty", [], "no images"),
         ("names.parquet", [], "without a column `uri`"),
+        ("none.parquet", [], "without a row"),
         ("twice.parquet", [], "a uri occurs more than once"),
         ("broken.parquet", [], "Parquet"),
         ("nosuch://bucket/images", [], "nosuch"),
@@ -451,9 +453,11 @@ def test_a_remote_cluster_writes_the_rows_of_a_loop(cluster, call, tmp_path, mod
 
 
 @pytest.mark.slow
-def test_benchmark_of_a_corpus(cluster):
+def test_benchmark_of_a_corpus(monkeypatch):
+    pytest.importorskip("ray.data")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # it is for a cluster of its own, and a loop
     command = [sys.executable, HERE / "benchmark.py", "corpus", "--images", "4", "--turns", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, env=cluster)
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
     assert result.returncode == 0, result.stderr
     *_, row = [line for line in result.stdout.splitlines() if line.startswith("|")]
     count, loop, ray, ratio, per_hour = (float(cell.replace(",", "")) for cell in row.strip("| ").split(" | "))
