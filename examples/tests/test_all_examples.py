@@ -14,9 +14,9 @@ import pytest
 HERE = Path(__file__).parents[1]
 MODULES = {"common", "masks"}  # no scripts
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in MODULES)
+NO_MODEL = {"architecture", "make_digits"}  # that computes features
 CPU_ONLY = {"export", "quantize"}
-NO_MODEL = {"architecture", "make_digits"}  # they run none
-NO_OUTPUT = {"benchmark", "evaluate", "make_digits", "quantize", "test_time_registers"}
+NO_OUTPUT = {"benchmark", "evaluate", "make_digits", "quantize", "test_time_registers"}  # but what they print
 # What takes long to import, and is needed after the arguments are parsed.
 HEAVY = {"matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "ray", "scipy", "sklearn", "torchao", "torchvision"}
 HEAVY |= {"openvino", "pandas", "pyarrow.dataset", "skimage", "torch._dynamo", "torch._inductor", "transformers"}
@@ -41,7 +41,7 @@ def test_the_clone_comes_before_an_installed_dinoreg(tmp_path):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_find_the_clone_first(name):
     imports = re.findall(r"^(?:import|from) (\w+)", (HERE / f"{name}.py").read_text(), re.MULTILINE)
-    assert "common" in imports and ("dinoreg" not in imports or imports.index("common") < imports.index("dinoreg"))
+    assert "common" in imports and imports.index("common") < [*imports, "dinoreg"].index("dinoreg")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -57,7 +57,7 @@ def test_examples_have_the_same_options(name, capsys):
     assert bool(re.search(r"-o \w+, --output \w+", text)) == (name not in NO_OUTPUT)
 
 
-# Runs the other arguments with -h where the modules in the first one cannot be imported, and prints the errors.
+# Runs the scripts of the other arguments with -h, where the modules in the first one cannot be imported; prints the errors.
 HELP = """
 import contextlib, importlib, io, sys
 import torch
@@ -75,9 +75,7 @@ for name in names:
 
 
 def test_help_imports_nothing_that_takes_long():
-    names = (
-        EXAMPLES if find_spec("pyarrow") and find_spec("fsspec") else [name for name in EXAMPLES if name != "embed_corpus"]
-    )
+    names = [name for name in EXAMPLES if name != "embed_corpus" or (find_spec("pyarrow") and find_spec("fsspec"))]
     command = [sys.executable, "-c", HELP, " ".join(HEAVY), *names]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
