@@ -131,7 +131,7 @@ def draw(
     for panel, (_, mask) in zip(panels, views):
         picture.paste(panel if mask is None else overlay(panel, mask, classes), (left, 0))
         left += panel.width + GAP
-    for name in filter(shares.get, shares):
+    for name in filter(shares.get, shares):  # classes that occur
         text = f"{name} {shares[name]:.1%}"
         length = 20 + font.getlength(text)
         if x > 8 and x + length > picture.width:

@@ -182,8 +182,8 @@ def run(args: argparse.Namespace) -> int:
             largest = max(int(mask[mask != IGNORED].max(initial=0)) for _, mask in examples)
             classes = masks.name_classes(largest + 1, args.like[0][1])
         segment = by_example(backbone, examples, tile, len(classes))
-        with masks.open_image(examples[0][0]) as image:
-            views = [(dinoreg.to_rgb(image), examples[0][1])]
+        photo, mask = examples[0]
+        views = [(dinoreg.to_rgb(Image.open(photo)), mask)]
     args.output.mkdir(parents=True, exist_ok=True)
 
     images, failed, confusions = dinoreg.find_images(args.images), 0, 0
@@ -205,12 +205,12 @@ def run(args: argparse.Namespace) -> int:
             panels += [(draw_similarity(similarity, args.threshold), None)] if args.similarity else []
         if truth is not None:
             confusions = confusions + masks.confusion(truth, mask, len(classes))
-        *_, unknown = parts = (np.bincount(mask.flatten(), minlength=IGNORED + 1) / mask.size).round(4).tolist()
+        parts = (np.bincount(mask.flatten(), minlength=IGNORED + 1) / mask.size).round(4).tolist()  # of each index
         shares = dict(zip(classes, parts))
         with dinoreg.atomic(picture_path) as part:
             masks.draw([*panels, (photo, mask)], shares, classes, args.width).save(part, optimize=True)
         masks.write_mask(mask, mask_path, classes)
-        record = {"image": str(image), "mask": str(mask_path), "shares": shares, "unknown": unknown}
+        record = {"image": str(image), "mask": str(mask_path), "shares": shares, "unknown": parts[IGNORED]}
         tqdm.write(json.dumps(record), file=sys.stdout)
     if args.truth and failed < len(images):
         print(json.dumps(masks.score(confusions, classes)))
