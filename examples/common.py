@@ -242,16 +242,6 @@ def read_shard(path: Path) -> dict[str, tuple[list[int] | None, Tensor | str]]:
     return {name: (when, x if isinstance(x, str) else next(parts).view(x)) for name, when, x in files}
 
 
-def feature_key(model: str, layers: int, size: int, paths: Iterable[Path]) -> str:
-    """A hash that changes if the model, the options or the contents of the files do: the key of cached features."""
-    stamps = [(str(path), stamp(path)) for path in (Path(model), *paths)]
-    return hashlib.sha256(json.dumps([layers, size, stamps]).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features and pictures of them
-
-
 def name_pictures(images: Sequence[Path], folder: Path, kind: str) -> list[Path]:
     """A file in folder for the picture of each image, numbered if images of several folders share a name."""
     pictures: list[Path] = []
@@ -316,7 +306,7 @@ def colour(patches: Tensor, foreground: Tensor) -> Tensor:
 
 def run(function: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Exit status of an example: what `function(args)` returns (0, or 1 if some inputs failed); 2 if it could not run."""
-    script = Path(inspect.getfile(function))
+    script = Path(inspect.getfile(inspect.unwrap(function)))
     try:
         return function(args)
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import common
 import dinoreg
+import test_time_registers
 from visualize import add_resolution, set_resolution
 
 CANDIDATES = 100  # k of the paper: the patches of lowest degree, which may join the seed
@@ -105,10 +106,12 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
 
     images, failed = dinoreg.find_images(args.images), 0
+    if args.add_register:
+        test_time_registers.move_outliers(model, images, args.add_register)
     for image, path in zip(tqdm(images, unit="image"), common.name_pictures(images, args.output, "object")):
         try:
             x = dinoreg.preprocess(image, None, True, model.patch_size, transform=model.transform)
-            photo = dinoreg.to_rgb(Image.open(image))
+            photo = dinoreg.to_rgb(dinoreg.open_image(image))
         except (OSError, ValueError) as error:
             tqdm.write(f"find_objects: {image}: {common.reason(error)}", file=sys.stderr)
             failed += 1
@@ -136,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--bias", type=float, help=f"{rule} (default: {defaults})")
     add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
     add_resolution(parser)
+    test_time_registers.add_option(parser)
     common.add_stride(parser)
     common.add_device(parser)
     return common.run(run, parser.parse_args(argv))

@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,18 @@ def find_register_neurons(
     for index in scores[: first + 1].flatten().argsort(descending=True)[:count].tolist():
         neurons.setdefault(index // scores.shape[1], []).append(index % scores.shape[1])
     return neurons
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    rule = "give a model without registers one, to which outliers move: norms above TIMES (3, say) the median"
+    parser.add_argument("--add-register", type=float, metavar="TIMES", help=f"{rule} (see test_time_registers.py)")
+
+
+def move_outliers(model: dinoreg.DinoVisionTransformer, paths: Iterable[Path], cutoff: float) -> None:
+    """Add a register for the outliers of a model without registers in image files, of those that can be read."""
+    inputs = (common.read_image(path, None, True, model.patch_size, transform=model.transform) for path in paths)
+    if model.num_register_tokens == 0:
+        add_register(model, find_register_neurons(model, (x for x in inputs if isinstance(x, Tensor)), cutoff=cutoff))
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import common
 import dinoreg
+import test_time_registers
 from common import OUTLIER, colour, find_foreground
 
 Models = dict[str, dinoreg.DinoVisionTransformer]  # by the argument that names them
@@ -122,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     models, images = load_models(args), dinoreg.find_images(args.images)
     if args.npy and len({Path(name).stem for name in models}) < len(models):
         raise ValueError("--npy names files by model: give models of different names")
+    for model in models.values() if args.add_register else ():
+        test_time_registers.move_outliers(model, images, args.add_register)
     args.output.mkdir(parents=True, exist_ok=True)
     pictures = dict(zip(images, common.name_pictures(images, args.output, "features")))
 
@@ -174,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_options(parser)
     add = parser.add_argument
+    test_time_registers.add_option(parser)
     alone = "fit colours and the scale of norms to each photo alone, which keeps one in memory instead of all"
     add("--per-photo", action="store_true", help=alone)
     rule = f"{OUTLIER} times the median norm of all images, for each model"

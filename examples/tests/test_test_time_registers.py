@@ -228,6 +228,19 @@ def test_the_script_prints_neurons_and_norms(tmp_path, capsys):
     assert status == 2 and records == [] and "no patch has a norm above 100 times the median" in err
 
 
+def test_option_of_other_scripts(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    import find_objects
+    import visualize
+
+    weights, photo = tmp_path / "planted.safetensors", write_photo(tmp_path / "photo.png")
+    dinoreg.save(planted_model(), weights)
+    options = [photo, "--model", weights, "--resolution", 32, "--add-register", 3, "-o", tmp_path]
+    assert visualize.main(list(map(str, [*options, "--npy"]))) == find_objects.main(list(map(str, options))) == 0
+    assert np.load(tmp_path / "photo_planted_attention.npy").shape == (1, 4, 2, 8, 8)  # of CLS and of the added register
+
+
 @pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
 def test_mild_outliers_of_a_real_model(capsys):
     photo = Path(__file__).parents[1] / "images" / "astronaut.jpg"
