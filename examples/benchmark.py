@@ -4,9 +4,9 @@
     python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
     python examples/benchmark.py > examples/benchmark.md    # all parts but corpus; or some: forward start ...
 
-What is compared has the same random weights and runs in turns, in a new random order each turn. Within a turn, short runs
-are repeated for half a second, and the fastest counts. A figure is the median over the turns; a ratio is the median of the
-ratios within each turn. `--device` is that of `forward`, `lists` and `engines`; the rest runs on the CPU.
+All sides have the same random weights, and run once in each turn, in random order; short runs are repeated for half a second,
+and the fastest counts. Figures are medians over the turns, and ratios medians of the ratios within each turn. `--device` is
+that of `forward`, `lists` and `engines`; the rest runs on the CPU.
 """
 
 import argparse
@@ -41,8 +41,7 @@ from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier
 HERE = Path(__file__).parent
 PHOTOS = sorted(HERE.glob("images/*.jpg"))
 OFFICIAL = Path(torch.hub.get_dir(), "facebookresearch_dinov2_main")  # torch.hub's clone of the official code
-PYTHON = [sys.executable, "-c"]
-SECONDS = 0.5  # for which short runs are repeated
+PYTHON, SECONDS = [sys.executable, "-c"], 0.5  # for which short runs are repeated
 
 
 def seconds_of(run: Callable) -> list[float]:
@@ -155,6 +154,7 @@ def forward(args: argparse.Namespace, temp: Path, name: str, size: int, batch: i
     yield {"model": name, "pixels": size, "batch": batch, **cells(compared, batch), "GFLOP/s": f"{rate / 1e9:.0f}"}
 
 
+FOLDERS = [(16, 4000, 3000), (32, 500, 375)]  # photos, width, height
 NEAR_224 = zip((12, 14, 15, 16, 16, 17, 18, 20), (20, 18, 17, 15, 16, 16, 14, 13))
 LISTS = {
     "eight images near 224 x 224": [(1, 14 * h, 14 * w) for h, w in NEAR_224],
@@ -253,7 +253,7 @@ def folder(args: argparse.Namespace, temp: Path, count: int, width: int, height:
     brackets the ratio to dinoreg. `--fast` decodes at reduced size, though not below that of the model's input (its
     choice of a dtype is not part of this). `forward` is the model alone, `decode` reading alone on one core.
     """
-    model, images = LinearClassifier(DinoVisionTransformer(Config()), 1000).eval(), torch.randn(8, 3, 224, 224)
+    model, images = LinearClassifier(DinoVisionTransformer(CONFIGS["vits14_reg"]), 1000).eval(), torch.randn(8, 3, 224, 224)
     model.backbone.fix_image_size(224, 224)
     paths = [str(temp / f"{i}.jpg") for i in range(count)]
     for i, path in enumerate(paths):
@@ -362,7 +362,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"    python examples/benchmark.py {' '.join(args.argv)}\n\nwhose docstring says how it measures.")
     grid = list(itertools.product(args.models, args.pixels, args.batches))
     cases = {"forward": grid, "engines": grid, "lists": list(itertools.product(args.models, LISTS))}
-    cases |= {"folder": [(16, 4000, 3000), (32, 500, 375)], "corpus": [(count,) for count in args.images]}
+    cases |= {"folder": FOLDERS, "corpus": [(count,) for count in args.images]}
     for name in args.parts or ([*PARTS][:-1] if device.type == "cpu" else ["forward", "lists", "engines"]):
         print(f"\n## {name}\n\n{inspect.getdoc(PARTS[name])}\n")
         with tempfile.TemporaryDirectory() as temp:

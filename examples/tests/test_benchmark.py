@@ -112,8 +112,8 @@ def test_benchmark_of_engines(run, small, monkeypatch):
     assert row[3].endswith("(1.00, 1.00000)")
 
 
-@pytest.mark.slow
-def test_benchmark_of_folders(run, small):
+def test_benchmark_of_folders(run, small, monkeypatch):
+    monkeypatch.setattr(benchmark, "FOLDERS", [(2, 4000, 3000), (2, 500, 375)])
     _, (header, _, large, small_files) = run("folder")
     assert header[:5] == ["JPEG files", "dinoreg", "dinoreg --fast", "forward", "decode"]
     milliseconds = [[float(cell.split()[0]) for cell in row[1:]] for row in (large, small_files)]
