@@ -6,9 +6,9 @@
     python examples/pretrain.py FOLDER -o RUN --teacher vitl14_reg --config vits14_reg  # distil
     torchrun --nproc-per-node 8 examples/pretrain.py FOLDER -o RUN --preset official
 
-RUN/teacher.safetensors is the trained model, for `dinoreg.load` and the other examples; log.csv and curves.png lie beside.
-The same command continues a run that was interrupted or killed, on the same curve: crops, masks and order depend on the
-seed and the step alone. The sub-folders of FOLDER, if any, are classes for the k-NN accuracy, and used for nothing else.
+RUN/teacher.safetensors is the trained model, for `dinoreg.load` and the other examples; curves are in log.csv, curves.png.
+The same command continues a run that was interrupted or killed, on the same curve: crops, masks and order depend on the seed
+and the step alone. Sub-folders of FOLDER, if any, are classes for the k-NN accuracy, and used for nothing else.
 
 The method is that of section 4 of the paper (https://arxiv.org/abs/2304.07193), computed as in the official code:
 dinov2/train, dinov2/loss, dinov2/layers/dino_head.py, dinov2/data, dinov2/utils/param_groups.py. One thing differs: several
@@ -19,7 +19,6 @@ L: local crops of an image, K: prototypes, M: masked patches of a batch.
 import argparse
 import contextlib
 import copy
-import csv
 import functools
 import itertools
 import math
@@ -28,7 +27,6 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -36,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,7 +63,7 @@ class Recipe:
     # Heads
     prototypes: int = 131072  # K; 65536
     bottleneck_dim: int = 384  # 256
-    ibot_prototypes: int = 131072  # 0: iBOT shares the head of DINO, as here
+    ibot_prototypes: int = 131072  # 0: iBOT shares the head of DINO
     ibot_bottleneck_dim: int = 256
     hidden_dim: int = 2048
     nlayers: int = 3
@@ -77,7 +76,6 @@ class Recipe:
     teacher_temp: float = 0.07
     warmup_teacher_temp_epochs: float = 30.0
     centering: str = "sinkhorn_knopp"  # "centering": softmax, less a moving centre
-    center_momentum: float = 0.9
     # Optimiser
     batch_size: int = 3072  # images of all processes: 96 GPUs with 32; 32 with 64
     accumulate: int = 1  # parts in which a batch is computed; Sinkhorn-Knopp and KoLeo see one part
@@ -112,14 +110,13 @@ PRESETS = {  # the architecture of a new model, and the recipe
 }
 ARCHITECTURE = ("embed_dim", "depth", "num_heads", "ffn", "patch_size", "num_register_tokens")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads and losses
+# Heads and losses ----------------------------------------------------------------------------------------------------
 
 
 class DINOHead(nn.Module):
     """MLP, then cosines with K prototypes times a learnt length of each: (..., in_dim) -> (..., out_dim = K).
 
-    Parameters have the official names: the last layer is what nn.utils.weight_norm made of a linear layer.
+    The last layer has the parameters that nn.utils.weight_norm makes of a linear one: the official names.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, nlayers: int = 3):
@@ -131,8 +128,8 @@ class DINOHead(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         self.mlp = nn.Sequential(*layers[:-1]) if nlayers > 1 else layers[0]
-        weights = dict(weight_g=torch.ones(out_dim, 1), weight_v=nn.Linear(bottleneck_dim, out_dim, bias=False).weight)
-        self.last_layer = nn.ParameterDict(weights)
+        prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False).weight
+        self.last_layer = nn.ParameterDict(dict(weight_g=torch.ones(out_dim, 1), weight_v=prototypes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)
@@ -222,8 +219,7 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
         return -(F.pairwise_distance(x, x[nearest], eps=eps) + eps).log().mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Crops and masks
+# Crops and masks -----------------------------------------------------------------------------------------------------
 
 
 def random_mask(h: int, w: int, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -231,38 +227,32 @@ def random_mask(h: int, w: int, count: int, generator: torch.Generator | None = 
 
     Official Implementation: dinov2/data/masking.py, with the largest rectangle of dinov2/train/train.py.
     """
-    mask = torch.zeros(h, w, dtype=torch.bool)
-    tries = 0
-    while (left := min(count - int(mask.sum()), h // 2 * w)) > 0 and tries < 10:
-        tries += 1
-        area, ratio, top, left_side = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        area, ratio = 4 + (left - 4) * area, 0.3 ** (1 - 2 * ratio)
-        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    mask, tries = torch.zeros(h, w, dtype=torch.bool), 0
+    while (room := min(count - int(mask.sum()), h // 2 * w)) > 0 and tries < 10:
+        area, shape, y, x = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        area, ratio = 4 + (room - 4) * area, 0.3 ** (1 - 2 * shape)  # 0.3 to 1 / 0.3
+        height, width, tries = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio)), tries + 1
         if height < h and width < w:
-            top, left_side = int(top * (h - height + 1)), int(left_side * (w - width + 1))
-            part = mask[top : top + height, left_side : left_side + width]
-            if 0 < int((~part).sum()) <= left:
+            top, left = int(y * (h - height + 1)), int(x * (w - width + 1))
+            part = mask[top : top + height, left : left + width]
+            if 0 < int((~part).sum()) <= room:
                 part[:], tries = True, 0
     return mask
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(n: int, *seeds: int) -> list[int]:
-    return np.random.default_rng(seeds).permutation(n).tolist()
-
-
-def seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def permutation(n: int, *seed: int) -> list[int]:
+    return np.random.default_rng(seed).permutation(n).tolist()
 
 
 class Crops(torch.utils.data.Dataset):
-    """Crops of images in two stacks, global (2, 3, H, W) and local (L, 3, H', W'), uint8, and masks (2, h * w) of the former.
+    """Crops of an image, global (2, 3, H, W) and local (L, 3, H', W'), uint8, and masks (2, h * w) of the global ones.
 
-    An item's key is (batch, place). In the place of an image that cannot be read comes the next one; failed has the reasons.
-    Official Implementation: dinov2/data/augmentations.py and collate.py.
+    An item's key is (batch, place). In the place of an image that cannot be read comes the next one; the item's last part
+    has a line about each. Official Implementation: dinov2/data/augmentations.py and collate.py.
     """
 
-    def __init__(self, paths: Sequence[Path], recipe: Recipe, batch_size: int, grid: tuple[int, int]):
+    def __init__(self, paths: list[Path], recipe: Recipe, batch_size: int, grid: int):
         from torchvision.transforms import v2
 
         def crop(size: int, scale: tuple, blur: float, solarize: float = 0.0) -> v2.Transform:
@@ -277,61 +267,53 @@ class Crops(torch.utils.data.Dataset):
             return v2.Compose([*(v2.RandomApply([x], p) for x, p in transforms.items() if p > 0), v2.PILToTensor()])
 
         self.paths, self.recipe, self.batch_size, self.grid = paths, recipe, batch_size, grid
-        first, second, local = recipe.blur
-        size, scale = recipe.global_size, recipe.global_scale
-        self.crops = [[crop(size, scale, first), crop(size, scale, second, recipe.solarize)]]
-        if recipe.local_crops:
-            self.crops.append([crop(recipe.local_size, recipe.local_scale, local)] * recipe.local_crops)
+        first, second = (crop(recipe.global_size, recipe.global_scale, *p) for p in zip(recipe.blur, (0.0, recipe.solarize)))
+        local = crop(recipe.local_size, recipe.local_scale, recipe.blur[2])
+        self.crops = [stack for stack in ([first, second], [local] * recipe.local_crops) if stack]
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor, dict[Path, str]]:
-        (batch, place), n, failed = key, len(self.paths), {}
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor, str]:
+        (batch, place), n, seed = key, len(self.paths), self.recipe.seed
         epoch, start = divmod(batch * self.batch_size + place, n)
+        image, failed = Image.new("RGB", (1, 1)), ""
         for i in range(start, start + n):
-            path = self.paths[permutation(n, self.recipe.seed, 0, epoch)[i % n]]
+            path = self.paths[permutation(n, seed, 0, epoch)[i % n]]
             try:
                 image = dinoreg.to_rgb(dinoreg.open_image(path))
                 break
             except Exception as error:  # PIL's decoders raise many types for broken files
-                failed[path] = str(error).partition("\n")[0] or repr(error)
-        else:
-            return [], torch.empty(0), failed
-        torch.default_generator.manual_seed(seed(self.recipe.seed, 1, batch, place))
+                failed += f"{path}: {str(error).splitlines()[0] if str(error) else repr(error)}\n"
+        torch.default_generator.manual_seed(hash((seed, 1, batch, place)))
         crops = [torch.stack([crop(image) for crop in stack]) for stack in self.crops]
-        masks = torch.stack([self.mask(batch, place), self.mask(batch, place + self.batch_size)])
-        return crops, masks.flatten(1), failed
+        return crops, torch.stack([self.mask(batch, place), self.mask(batch, place + self.batch_size)]), failed
 
     def mask(self, batch: int, i: int) -> Tensor:
         """The mask of global crop i of a batch. Over the batch, the shares of masked patches are spread evenly."""
-        (h, w), recipe, n = self.grid, self.recipe, 2 * self.batch_size
+        n, count, recipe = 2 * self.batch_size, 0, self.recipe
         masked, rank = int(n * recipe.mask_probability), permutation(n, recipe.seed, 2, batch)[i]
-        low, high = np.linspace(*recipe.mask_ratio, masked + 1)[rank : rank + 2] if rank < masked else (0, 0)
-        return random_mask(h, w, int(h * w * (low + (high - low) * torch.rand(()).item())))
+        if rank < masked:
+            low, high = np.linspace(*recipe.mask_ratio, masked + 1)[rank : rank + 2]
+            count = int(self.grid**2 * (low + (high - low) * torch.rand(()).item()))
+        return random_mask(self.grid, self.grid, count).flatten()
 
 
-def collate(items: list) -> tuple[list[Tensor], Tensor, dict[Path, str]]:
-    """Crops of a batch, crop by crop: (2 B, 3, H, W) and (L B, 3, H', W'); masks (2 B, h * w); the images that failed."""
-    crops, masks, failed = zip(*items)
-    *crops, masks = [torch.stack(parts, dim=1).flatten(0, 1) for parts in (*zip(*crops), masks)]
-    return crops, masks, {path: reason for part in failed for path, reason in part.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A step of training
+# A step of training --------------------------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
-    """A backbone and its heads; the parts of the official SSLMetaArch.student and SSLMetaArch.teacher, by their names."""
+    """A backbone and its heads: the parts of the official SSLMetaArch.student and SSLMetaArch.teacher, by their names."""
 
     def __init__(self, backbone: dinoreg.DinoVisionTransformer, recipe: Recipe):
         super().__init__()
-        D, hidden_dim, nlayers = backbone.embed_dim, recipe.hidden_dim, recipe.nlayers
+        D, K, shape = backbone.embed_dim, recipe.prototypes, dict(hidden_dim=recipe.hidden_dim, nlayers=recipe.nlayers)
         self.backbone = backbone
-        self.dino_head = DINOHead(D, recipe.prototypes, hidden_dim, recipe.bottleneck_dim, nlayers)
+        self.dino_head = DINOHead(D, K, bottleneck_dim=recipe.bottleneck_dim, **shape)
         if recipe.ibot_prototypes:
-            self.ibot_head = DINOHead(D, recipe.ibot_prototypes, hidden_dim, recipe.ibot_bottleneck_dim, nlayers)
+            self.ibot_head = DINOHead(D, recipe.ibot_prototypes, bottleneck_dim=recipe.ibot_bottleneck_dim, **shape)
+        self.register_buffer("dino_center", torch.zeros(1, K))
+        self.register_buffer("ibot_center", torch.zeros(1, recipe.ibot_prototypes or K))
 
     def forward(self, crops: list[Tensor], masks: Tensor, hide: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """CLS tokens (B, D) of each stack of crops and their logits (B, K); logits (M, K) of the first's patches in masks.
+        """CLS tokens (B, D) of each stack of crops, their logits (B, K), and logits (M, K) of patches of the first by masks.
 
         Of these patches the backbone sees the mask token if hide.
         """
@@ -343,56 +325,51 @@ class Network(nn.Module):
             return cls, list(logits), getattr(self, "ibot_head", self.dino_head)(patches)
 
 
-def compute_losses(
-    student, teacher, crops, masks, recipe: Recipe, temperature, centers=None, distil=False
-) -> dict[str, Tensor]:
-    """The terms of the loss for crops (2 B, C, H, W) and (L B, C, H', W') and masks (2 B, h * w), and their weighted sum, loss.
+def compute_losses(student, teacher, crops, masks, recipe: Recipe, temperature: float, distil=False) -> dict[str, Tensor]:
+    """The terms of the loss for crops (2 B, C, H, W), (L B, C, H', W') and masks (2 B, h * w); `loss` is their weighted sum.
 
-    entropy is the mean of that of the teacher's assignments, and information the entropy of their mean less it: 0 if all
-    images are assigned alike, after a collapse, and ln K at most. Official Implementation: SSLMetaArch.forward_backward.
-    In a distillation no patch is hidden, and the loss of patches is that of all (section 5 of the paper).
+    `entropy` is that of the teacher's assignments, and `information` the entropy of their mean less it: 0 if all images are
+    assigned alike, after a collapse, and ln K at most. In a distillation no patch is hidden, and the loss is that of all
+    patches (section 5 of the paper). Official Implementation: SSLMetaArch.forward_backward.
     """
     masks = torch.ones_like(masks) if distil else masks
     with torch.no_grad():
         _, (cls_logits,), patch_logits = teacher(crops[:1], masks, hide=False)
         if recipe.centering == "centering":
-            targets = softmax_center(cls_logits, temperature, centers["dino"], recipe.center_momentum)
-            patch_targets = softmax_center(patch_logits, temperature, centers["ibot"], recipe.center_momentum)
+            targets = softmax_center(cls_logits, temperature, teacher.dino_center)
+            patch_targets = softmax_center(patch_logits, temperature, teacher.ibot_center)
         else:
             targets, patch_targets = sinkhorn_knopp(cls_logits, temperature), sinkhorn_knopp(patch_logits, temperature)
         targets = targets.unflatten(0, (2, -1))  # (2, B, K)
     (cls, *_), (global_logits, *local_logits), patch_logits = student(crops, masks, hide=not distil)
 
     # Each global crop of the student is compared with the other one of the teacher, each local crop with both.
-    pairs = 2 + max(2 * recipe.local_crops, 1)
-    temp, swapped = recipe.student_temp, targets.flip(0).flatten(0, 1)[None]
-    terms = {"dino_global": 2 * dino_loss(global_logits[None], swapped, temp) / pairs}
-    for logits in local_logits:
-        terms["dino_local"] = dino_loss(logits.unflatten(0, (recipe.local_crops, -1)), targets, temp) / pairs
+    pairs, temp, L = 2 + max(2 * recipe.local_crops, 1), recipe.student_temp, recipe.local_crops
+    terms = {"dino_global": 2 / pairs * dino_loss(global_logits[None], targets.flip(0).flatten(0, 1)[None], temp)}
+    if L:
+        terms["dino_local"] = 1 / pairs * dino_loss(local_logits[0].unflatten(0, (L, -1)), targets, temp)
     terms["ibot"] = ibot_loss(patch_logits, patch_targets, masks, temp)
     terms["koleo"] = sum(koleo_loss(all_gather(part)) for part in cls.chunk(2))  # not between crops of the same image
     weights = dict(ibot=recipe.ibot_weight, koleo=recipe.koleo_weight)
     loss = sum(weights.get(name, recipe.dino_weight) * term for name, term in terms.items())
 
-    mean = all_reduce(targets.mean(dim=(0, 1))) / (dist.get_world_size() if dist.is_initialized() else 1)
+    mean = all_reduce(targets.sum(dim=(0, 1)))
     entropy = torch.special.entr(targets).sum(dim=-1).mean()
-    return dict(loss=loss, **terms, entropy=entropy, information=torch.special.entr(mean).sum() - entropy)
+    return dict(loss=loss, **terms, entropy=entropy, information=torch.special.entr(mean / mean.sum()).sum() - entropy)
 
 
-def train_step(
-    student, teacher, ema, optimizer, parts, recipe: Recipe, now, centers=None, distil=False
-) -> dict[str, Tensor]:
-    """One step on the parts of a batch, each (crops, masks), with the values `now` of the schedules. The terms of the loss."""
+def train_step(student, teacher, ema, optimizer, parts, recipe: Recipe, now: dict, distil=False) -> dict[str, Tensor]:
+    """The terms of the loss in a step on the parts of a batch, each (crops, masks), with the values of `schedule`."""
     network = getattr(student, "module", student)  # within DistributedDataParallel
     for group in optimizer.param_groups:
         lr = now["last_layer_lr"] if group["is_last_layer"] else now["backbone_lr"] if group["is_backbone"] else now["lr"]
         group["lr"], group["weight_decay"] = lr * group["lr_multiplier"], now["weight_decay"] * group["wd_multiplier"]
 
     optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    for i, (crops, masks) in enumerate(parts):
-        with student.no_sync() if network is not student and i < len(parts) - 1 else contextlib.nullcontext():
-            terms = compute_losses(student, teacher, crops, masks, recipe, now["teacher_temp"], centers, distil)
+    sums: dict = {}
+    for i, (crops, masks) in enumerate(parts, 1):
+        with contextlib.nullcontext() if network is student or i == len(parts) else student.no_sync():
+            terms = compute_losses(student, teacher, crops, masks, recipe, now["teacher_temp"], distil)
             (terms["loss"] / len(parts)).backward()
         sums = {name: sums.get(name, 0) + term.detach() / len(parts) for name, term in terms.items()}
     norms = [nn.utils.clip_grad_norm_(part.parameters(), recipe.clip_grad) for part in network.children()]
@@ -414,7 +391,7 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict]:
         lr_multiplier *= recipe.patch_embed_lr_mult if name.startswith("patch_embed") else 1.0
         no_decay = name.endswith(".bias") or "norm" in name or "gamma" in name
         key = dict(lr_multiplier=lr_multiplier, wd_multiplier=0.0 if no_decay else 1.0)
-        key.update(is_backbone=part == "backbone", is_last_layer="last_layer" in name)
+        key |= dict(is_backbone=part == "backbone", is_last_layer="last_layer" in name)
         groups.setdefault(tuple(key.values()), dict(params=[], **key))["params"].append(parameter)
     return list(groups.values())
 
@@ -430,35 +407,29 @@ def cosine(step: int, base: float, final: float, total: int, warmup: int = 0, st
 
 def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float = 0.0) -> dict[str, float]:
     """The values that change from step to step. Official Implementation: dinov2/train/train.py, build_schedulers."""
-    total, warmup, temp_warmup = (
-        int(epochs * epoch_length) for epochs in (recipe.epochs, recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs)
-    )
+    epochs = recipe.epochs, recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs
+    total, warmup, temp_warmup = (int(number * epoch_length) for number in epochs)
     lr = cosine(step, recipe.base_lr * math.sqrt(recipe.batch_size / 1024), recipe.min_lr, total, warmup)
-    temp, temp_start = recipe.teacher_temp, recipe.warmup_teacher_temp
+    temp = recipe.teacher_temp
     return dict(
         lr=lr,
         last_layer_lr=lr if step >= int(recipe.freeze_last_layer_epochs * epoch_length) else 0.0,
         backbone_lr=lr if step >= int(freeze_epochs * epoch_length) else 0.0,
         weight_decay=cosine(step, recipe.weight_decay, recipe.weight_decay_end, total),
         momentum=cosine(step, recipe.momentum_teacher, recipe.final_momentum_teacher, total),
-        teacher_temp=cosine(step, temp, temp, temp_warmup, temp_warmup, temp_start),
+        teacher_temp=cosine(step, temp, temp, temp_warmup, temp_warmup, recipe.warmup_teacher_temp),
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run
+# A run ---------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def knn_accuracy(
-    function, transform: dinoreg.Transform, train: Sequence[Path], queries: Sequence[Path], device: str
-) -> float:
-    """The share of queries whose class, the name of their folder, is the vote of the 20 images of the nearest features.
+def knn_accuracy(function, transform, train: list[Path], queries: list[Path], device) -> float:
+    """The share of queries whose class, the name of their folder, is the vote of the 20 images of the nearest features,
+    which function computes from images (B, 3, H, W). Images that cannot be read are left out."""
 
-    function maps images (B, 3, H, W) to features (B, D). Images that cannot be read are left out.
-    """
-
-    def features(paths: Sequence[Path]) -> tuple[Tensor, list[str]]:
+    def features(paths: list[Path]) -> tuple[Tensor, list[str]]:
         rows, names = [], []
         for start in range(0, len(paths), 256):
             images = []
@@ -476,100 +447,62 @@ def knn_accuracy(
     return float(np.mean([classes[vote] == name for vote, name in zip(votes, truth)]))
 
 
-def write_log(history: list[dict], folder: Path) -> None:
-    """log.csv and curves.png in a folder, and the last row as a line, with a warning after a collapse."""
+def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:
+    """Write log.csv and curves.png, and print the last row, with a warning after a collapse."""
     from matplotlib.figure import Figure
 
-    with dinoreg.atomic(folder / "log.csv") as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, history[-1].keys())
-        writer.writeheader()
-        writer.writerows(history)
-    panels = (
-        ("loss", "dino_global", "dino_local", "ibot"),
-        ("koleo",),
-        ("entropy", "information"),
-        ("gradient",),
-        ("lr",),
-        ("knn",),
-    )
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    lines = [",".join(map(str, line)) for line in (history[0], *(row.values() for row in history))]
+    with dinoreg.atomic(folder / "log.csv") as part:
+        part.write_text("\n".join(lines) + "\n")
+    figure, epochs = Figure(figsize=(12, 6), layout="constrained"), [row["epoch"] for row in history]
+    panels = ("loss dino_global dino_local ibot", "koleo", "entropy information", "gradient", "lr", "knn")
     for axes, names in zip(figure.subplots(2, 3).flat, panels):
-        for name in names:
-            axes.plot([row["epoch"] for row in history], [row.get(name) or math.nan for row in history], label=name)
+        for name in names.split():
+            axes.plot(epochs, [row.get(name, math.nan) for row in history], label=name)
         axes.legend()
     with dinoreg.atomic(folder / "curves.png") as part:
         figure.savefig(part)
-    row = history[-1]
-    names = ("loss", "dino_global", "dino_local", "ibot", "koleo", "entropy", "information", "gradient", "lr", "knn")
-    print(f"epoch {row['epoch']:g}:", ", ".join(f"{name} {row[name]:.4g}" for name in names if name in row), end=", ")
-    print(f"{row['images_per_s']:.0f} images/s, {row['memory_gb']:.1f} GB", flush=True)
-    if row["last_layer_lr"] and row["information"] < 0.01 * row["entropy"]:
+    row, hidden = history[-1], ("step", "last_layer_lr", "backbone_lr", "weight_decay", "momentum", "teacher_temp")
+    print(", ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in hidden), flush=True)
+    if row["information"] < 0.01 * row["entropy"] and row["epoch"] > recipe.warmup_epochs:
         print("pretrain: collapsed? The teacher assigns all images alike", file=sys.stderr, flush=True)
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the readers too; they go on until the run is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train(
     student: Network, teacher: Network | None, paths, recipe: Recipe, folder: Path, args, freeze_epochs=0.0
 ) -> Network:
-    """Train a student, and return the moving average of it, which is its teacher unless another, frozen one is given.
+    """Train a student, and return its moving average, which is also its teacher unless another, frozen one is given.
 
-    The files of the run are in folder; args.failed collects the images that cannot be read. The backbone does not change
-    during the first freeze_epochs.
+    The files of the run are in folder. The backbone does not change during the first freeze_epochs.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, transform = torch.device(args.device), student.backbone.transform
+    device, transform, distil = torch.device(args.device), student.backbone.transform, teacher is not None
     epoch_length = recipe.epoch_length or len(paths) // recipe.batch_size
     steps, every = int(recipe.epochs * epoch_length), args.every or epoch_length
 
-    distil = teacher is not None
     student = student.to(device).train()
     student.backbone.grad_checkpointing = args.checkpointing
     student.backbone.mask_token.requires_grad_(not distil)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     teacher = teacher.to(device).eval().requires_grad_(False) if distil else ema
     optimizer = torch.optim.AdamW(parameter_groups(student, recipe), betas=recipe.betas)
-    widths = dict(dino=recipe.prototypes, ibot=recipe.ibot_prototypes or recipe.prototypes)
-    centers = {name: torch.zeros(1, width, device=device) for name, width in widths.items()}
-    start, history, rows = 0, [], []
-    settings = dict(recipe=str(recipe), config=str(student.backbone.config), images=len(paths), distil=distil)
-
-    # Resume
-    if (folder / "checkpoint.pth").exists():
-        state = torch.load(folder / "checkpoint.pth", map_location=device, weights_only=True)
-        if changed := [name for name, value in settings.items() if state["settings"][name] != value]:
-            raise ValueError(f"{folder}: a run with another {' and '.join(changed)}; give a new folder")
-        for name, part in dict(student=student, ema=ema, optimizer=optimizer).items():
-            part.load_state_dict(state[name])
-        centers, start, history, rows = state["centers"], state["step"], state["history"], state["rows"]
+    saved = dict(student=student, ema=ema, optimizer=optimizer)
+    start, history, rows, settings = 0, [], [], f"{recipe} {student.backbone.config} {len(paths)} {distil}"
 
     def save(step: int) -> None:
-        state = dict(student=student.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), centers=centers)
+        state = {name: part.state_dict() for name, part in saved.items()}
         with dinoreg.atomic(folder / "checkpoint.pth") as part:
             torch.save(dict(**state, step=step, history=history, rows=rows, settings=settings), part)
         dinoreg.save(ema.backbone, folder / "teacher.safetensors")
 
-    # Data
-    part_size, grid = recipe.batch_size // recipe.accumulate, recipe.global_size // student.backbone.patch_size
-    places = range(rank * part_size // world, (rank + 1) * part_size // world)
-    keys = ([(batch, i) for i in places] for batch in range(start * recipe.accumulate, steps * recipe.accumulate))
-    crops = Crops(paths, recipe, part_size, (grid, grid))
-    options = dict(num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_interrupts)
-    loader = torch.utils.data.DataLoader(crops, batch_sampler=keys, pin_memory=device.type == "cuda", **options)
+    if (folder / "checkpoint.pth").exists():
+        state = torch.load(folder / "checkpoint.pth", map_location=device, weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError(f"{folder}: a run with other constants, images or weights; give another folder")
+        for name, part in saved.items():
+            part.load_state_dict(state[name])
+        start, history, rows = state["step"], state["history"], state["rows"]
 
-    def read_part(batch) -> tuple[list[Tensor], Tensor]:
-        images, masks, failed = batch
-        for path in failed.keys() - args.failed:
-            print(f"pretrain: {path}: {failed[path]}", file=sys.stderr, flush=True)
-        args.failed.update(failed)
-        if not images:
-            raise ValueError("none of the images can be read")
-        return [dinoreg.normalize(x.to(device, non_blocking=True), transform) for x in images], masks.to(device)
-
-    # k-NN
     sample = paths[:: math.ceil(len(paths) / 10000)]
     others, queries = [path for i, path in enumerate(sample) if i % 10], sample[::10]
     others, queries = (sample, dinoreg.find_images([args.val])) if args.val else (others, queries)
@@ -578,58 +511,70 @@ def train(
     if has_classes and start == 0:
         print(f"k-NN on pixels {accuracy(nn.Flatten()):.4g}, before training {accuracy(ema.backbone.embed):.4g}", flush=True)
 
+    part_size = recipe.batch_size // recipe.accumulate
+    places = range(rank * part_size // world, (rank + 1) * part_size // world)
+    keys = ([(part, i) for i in places] for part in range(start * recipe.accumulate, steps * recipe.accumulate))
+    crops = Crops(paths, recipe, part_size, recipe.global_size // student.backbone.patch_size)
+    options = dict(num_workers=args.workers, pin_memory=device.type == "cuda")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the readers inherit this, and go on until the run is saved
+    loader = iter(torch.utils.data.DataLoader(crops, batch_sampler=keys, **options))
+    stops: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stops.append(number))
+
+    def read_part() -> tuple[list[Tensor], Tensor]:
+        """Normalised crops (2 B, 3, H, W) and (L B, 3, H', W'), crop by crop, and masks (2 B, h * w)."""
+        crops, masks, failed = next(loader)
+        for line in set("".join(failed).splitlines()) - args.failed:
+            print(f"pretrain: {line}", file=sys.stderr, flush=True)
+            args.failed.add(line)
+        if len(args.failed) == len(paths):
+            raise ValueError("none of the images can be read")
+        *crops, masks = (x.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1) for x in (*crops, masks))
+        return [dinoreg.normalize(x, transform) for x in crops], masks
+
     if args.compile:
         student.backbone.compile()
         teacher.backbone.compile()
     parallel = DistributedDataParallel(student, [device] if device.type == "cuda" else None) if world > 1 else student
-    stops: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: stops.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    batches, clock, timed = iter(loader), time.perf_counter(), 0
-    for step in range(start, steps):
-        now = schedule(recipe, step, epoch_length, freeze_epochs)
-        parts = [read_part(next(batches)) for _ in range(recipe.accumulate)]
-        random = torch.default_generator if device.type == "cpu" else torch
-        random.manual_seed(seed(recipe.seed, 3, step, rank))  # of stochastic depth
-        terms = train_step(parallel, teacher, ema, optimizer, parts, recipe, now, centers, distil)
-        stop = torch.tensor(float(len(stops)), device=device)
-        means = (all_reduce(torch.stack([*terms.values(), stop])) / world).tolist()
-        rows.append(dict(zip(terms, means)))
+    random = torch.default_generator if device.type == "cpu" else torch
+    clock, timed = time.perf_counter(), 0
+    for step in range(start + 1, steps + 1):
+        now = schedule(recipe, step - 1, epoch_length, freeze_epochs)
+        parts = [read_part() for _ in range(recipe.accumulate)]
+        random.manual_seed(hash((recipe.seed, 3, step, rank)))  # of stochastic depth
+        terms = train_step(parallel, teacher, ema, optimizer, parts, recipe, now, distil)
+        terms["stop"] = torch.tensor(float(len(stops)), device=device)
+        values = all_reduce(torch.stack([*terms.values()])) / world
+        rows.append(dict(zip(terms, values.tolist())))
+        stop, timed = rows[-1].pop("stop"), timed + 1
         if not math.isfinite(rows[-1]["loss"]):
             raise ValueError(f"the loss is not finite in step {step}; a lower --base-lr or --clip-grad may help")
-        timed += 1
-        if (step + 1) % every == 0 or step + 1 == steps:
-            row = dict(epoch=(step + 1) / epoch_length, step=step + 1, **now)
-            row.update({name: float(np.mean([one[name] for one in rows])) for name in rows[0]})
+        if log := step % every == 0 or step == steps:
+            row = dict(epoch=step / epoch_length, step=step, **now)
+            row |= {name: float(np.mean([one[name] for one in rows])) for name in rows[0]}
             row["images_per_s"] = timed * recipe.batch_size / (time.perf_counter() - clock)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             row["memory_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 1e9
-            if has_classes:
-                row["knn"] = accuracy(ema.backbone.embed)
+            row |= dict(knn=accuracy(ema.backbone.embed)) if has_classes else {}
             history, rows = [*history, row], []
-            if rank == 0:
-                save(step + 1)
-                write_log(history, folder)
-            clock, timed = time.perf_counter(), 0
-        if means[-1]:
-            if rank == 0:
-                save(step + 1)
+        if rank == 0 and (log or stop):
+            save(step)
+        if rank == 0 and log:
+            write_log(history, folder, recipe)
+        if stop:
             raise KeyboardInterrupt
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        clock, timed = (time.perf_counter(), 0) if log else (clock, timed)
     return ema
 
 
 def run(args: argparse.Namespace) -> int:
-    def given(names) -> dict:
-        values = {name: value for name, value in vars(args).items() if name in names and value is not None}
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     config, recipe = PRESETS[args.preset]
-    recipe = replace(recipe, **given({field.name for field in fields(Recipe)}))
-    config = replace(dinoreg.CONFIGS.get(args.config, config), **given(ARCHITECTURE), image_size=recipe.global_size)
-    rates = dict(drop_path_rate=0.0 if args.teacher else recipe.drop_path_rate, drop_path_uniform=True)
+    recipe = replace(recipe, **{field.name: given[field.name] for field in fields(Recipe) if field.name in given})
+    config = replace(
+        dinoreg.CONFIGS.get(args.config, config), **{name: given[name] for name in ARCHITECTURE if name in given}
+    )
     paths = dinoreg.find_images([args.folder])
     if paths == [args.folder]:
         raise ValueError(f"{args.folder}: no folder with images")
@@ -642,39 +587,28 @@ def run(args: argparse.Namespace) -> int:
     if recipe.batch_size > len(paths) or recipe.batch_size % share:
         limits = f"at most {len(paths)}, the number of images, and a multiple of {share}"
         raise ValueError(f"--batch-size must be {limits}, got {recipe.batch_size}")
-
-    torch.manual_seed(recipe.seed)
-    if args.model:
-        trained = common.load_backbone(args.model)
-        backbone = dinoreg.DinoVisionTransformer(replace(trained.config, **rates))
-        backbone.load_state_dict(trained.state_dict())
-        backbone.transform = trained.transform
-    else:
-        backbone = dinoreg.DinoVisionTransformer(replace(config, layerscale_init=recipe.layerscale_init, **rates))
-    backbone.transform = backbone.transform.at_size(recipe.global_size)
-    for name in ("global_size", "local_size"):
-        if (side := getattr(recipe, name)) % backbone.patch_size:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be a multiple of {backbone.patch_size}, the patch size, got {side}"
-            )
-
     args.output.mkdir(parents=True, exist_ok=True)
     args.failed = set()
+
+    torch.manual_seed(recipe.seed)
+    rates = dict(drop_path_rate=0.0 if args.teacher else recipe.drop_path_rate, drop_path_uniform=True)
+    trained = common.load_backbone(args.model) if args.model else None
+    size = dict(image_size=recipe.global_size, layerscale_init=recipe.layerscale_init)
+    backbone = dinoreg.DinoVisionTransformer(replace(trained.config if trained else replace(config, **size), **rates))
+    if trained:
+        backbone.load_state_dict(trained.state_dict())
+    backbone.transform = (trained or backbone).transform.at_size(recipe.global_size)
+
     teacher = None
-    if args.teacher:  # its heads are not published: they are trained first
-        teacher = Network(common.load_backbone(args.teacher), recipe)
-        teacher.backbone.transform = backbone.transform
-        if teacher.backbone.patch_size != backbone.patch_size:
-            raise ValueError(
-                f"--teacher and student must have the same patch size, not {teacher.backbone.patch_size} and ..."
-            )
-        heads, folder = (
-            replace(recipe, epochs=args.freeze_epochs, warmup_epochs=args.freeze_epochs / 10),
-            args.output / "heads",
-        )
-        folder.mkdir(exist_ok=True)
-        teacher = train(teacher, None, paths, heads, folder, args, args.freeze_epochs)
-    train(Network(backbone, recipe), teacher, paths, recipe, args.output, args, args.freeze_epochs if args.model else 0.0)
+    if args.teacher:  # the official weights have no heads, which are trained first
+        frozen = common.load_backbone(args.teacher)
+        frozen.transform = backbone.transform
+        if frozen.patch_size != backbone.patch_size:
+            raise ValueError(f"--teacher has patches of {frozen.patch_size} pixels, the student of {backbone.patch_size}")
+        heads = replace(recipe, epochs=args.freeze_epochs, warmup_epochs=args.freeze_epochs / 10)
+        (args.output / "heads").mkdir(exist_ok=True)
+        teacher = train(Network(frozen, recipe), None, paths, heads, args.output / "heads", args, args.freeze_epochs)
+    train(Network(backbone, recipe), teacher, paths, recipe, args.output, args, args.freeze_epochs if trained else 0.0)
     return 1 if args.failed else 0
 
 
@@ -695,13 +629,12 @@ def main() -> int:
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--compile", action="store_true", help="compile the backbones")
     common.add_device(parser)
-    constants = parser.add_argument_group("constants of the recipe (default: the preset's; here the official ones)")
-    for field in fields(Recipe):
-        option, value = f"--{field.name.replace('_', '-')}", field.default
+    constants = parser.add_argument_group("constants (default: those of the preset; here the official ones)")
+    values = {field.name: field.default for field in fields(Recipe)}
+    for name, value in {**values, **{name: getattr(PRESETS["official"][0], name) for name in ARCHITECTURE}}.items():
         kind = dict(type=float, nargs=len(value)) if isinstance(value, tuple) else dict(type=type(value))
-        constants.add_argument(option, **kind, metavar="X", help=str(value))
-    for name in ARCHITECTURE:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(dinoreg.Config(), name)))
+        options = dict(default=argparse.SUPPRESS, metavar="X", help=str(value))
+        constants.add_argument(f"--{name.replace('_', '-')}", **kind, **options)
     return common.run(run, parser.parse_args())
 
 
