@@ -454,7 +454,7 @@ def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:
     lines = [",".join(map(str, line)) for line in (history[0], *(row.values() for row in history))]
     with dinoreg.atomic(folder / "log.csv") as part:
         part.write_text("\n".join(lines) + "\n")
-    figure, epochs = Figure(figsize=(12, 6), layout="constrained"), [row["epoch"] for row in history]
+    figure, epochs = Figure(figsize=(15, 8)), [row["epoch"] for row in history]
     panels = ("loss dino_global dino_local ibot", "koleo", "entropy information", "gradient", "lr", "knn")
     for axes, names in zip(figure.subplots(2, 3).flat, panels):
         for name in names.split():
