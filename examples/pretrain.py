@@ -23,7 +23,6 @@ import functools
 import itertools
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -114,9 +113,9 @@ ARCHITECTURE = ("embed_dim", "depth", "num_heads", "ffn", "patch_size", "num_reg
 
 
 class DINOHead(nn.Module):
-    """MLP, then cosines with K prototypes times a learnt length of each: (..., in_dim) -> (..., out_dim = K).
+    """MLP, then cosines with K prototypes, times a learnt length of each: (..., in_dim) -> (..., out_dim = K).
 
-    The last layer has the parameters that nn.utils.weight_norm makes of a linear one: the official names.
+    Parameters have the official names: the last layer's are those that nn.utils.weight_norm makes of a linear one.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, nlayers: int = 3):
@@ -162,9 +161,9 @@ def all_gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Assignments (B, K), float32, of the samples of all processes to prototypes, by logits (B, K).
+    """Assignments (B, K), float32, by logits (B, K): those of a sample sum to 1, and all prototypes get the same in total.
 
-    A sample's sum to 1, and all prototypes get the same in total. Official Implementation: sinkhorn_knopp_teacher.
+    The samples are those of all processes. Official Implementation: DINOLoss.sinkhorn_knopp_teacher.
     """
     Q = (logits.float() / temperature).exp()
     samples, prototypes = all_reduce(torch.tensor(float(len(Q)), device=Q.device)), Q.shape[1]
@@ -179,7 +178,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 def softmax_center(logits: Tensor, temperature: float, center: Tensor, momentum: float = 0.9) -> Tensor:
     """Softmax of logits (B, K) less the centre (1, K), which then moves towards their mean, in place.
 
-    Official Implementation: softmax_center_teacher and update_center, of DINOLoss and iBOTPatchLoss.
+    Official Implementation: DINOLoss.softmax_center_teacher and DINOLoss.update_center.
     """
     logits = full_precision(logits)
     probs = ((logits - center) / temperature).softmax(dim=-1)
@@ -241,8 +240,8 @@ def random_mask(h: int, w: int, count: int, generator: torch.Generator | None = 
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(n: int, *seed: int) -> list[int]:
-    return np.random.default_rng(seed).permutation(n).tolist()
+def permutation(n: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(n)
 
 
 class Crops(torch.utils.data.Dataset):
@@ -430,14 +429,14 @@ def knn_accuracy(function, transform, train: list[Path], queries: list[Path], de
     which function computes from images (B, 3, H, W). Images that cannot be read are left out."""
 
     def features(paths: list[Path]) -> tuple[Tensor, list[str]]:
-        rows, names = [], []
-        for start in range(0, len(paths), 256):
-            images = []
-            for path in paths[start : start + 256]:
-                with contextlib.suppress(OSError, ValueError):
-                    images.append(dinoreg.preprocess(path, transform=transform))
-                    names.append(path.parent.name)
-            rows += [function(torch.stack(images).to(device)).float().cpu()] if images else []
+        images, rows, names = [], [], []
+        for path in paths:
+            with contextlib.suppress(OSError, ValueError):
+                images.append(dinoreg.preprocess(path, transform=transform))
+                names.append(path.parent.name)
+            if images and (len(images) == 256 or path == paths[-1]):
+                rows.append(function(torch.stack(images).to(device)).float().cpu())
+                images = []
         return torch.cat(rows), names
 
     (x, names), (y, truth) = features(train), features(queries)
@@ -445,6 +444,17 @@ def knn_accuracy(function, transform, train: list[Path], queries: list[Path], de
     labels = F.one_hot(torch.tensor([classes.index(name) for name in names])).float()
     votes = common.vote(x, labels, y, k=20).argmax(dim=1).tolist()
     return float(np.mean([classes[vote] == name for vote, name in zip(votes, truth)]))
+
+
+def peak_memory(device: torch.device) -> float:
+    """The greatest memory so far in bytes, of the GPU or of this process; NaN on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return math.nan
 
 
 def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:
@@ -468,9 +478,7 @@ def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:
         print("pretrain: collapsed? The teacher assigns all images alike", file=sys.stderr, flush=True)
 
 
-def train(
-    student: Network, teacher: Network | None, paths, recipe: Recipe, folder: Path, args, freeze_epochs=0.0
-) -> Network:
+def train(student: Network, teacher: Network | None, paths, recipe: Recipe, folder, args, freeze_epochs=0.0) -> Network:
     """Train a student, and return its moving average, which is also its teacher unless another, frozen one is given.
 
     The files of the run are in folder. The backbone does not change during the first freeze_epochs.
@@ -554,30 +562,31 @@ def train(
             row = dict(epoch=step / epoch_length, step=step, **now)
             row |= {name: float(np.mean([one[name] for one in rows])) for name in rows[0]}
             row["images_per_s"] = timed * recipe.batch_size / (time.perf_counter() - clock)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            row["memory_gb"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 1e9
+            row["memory_gb"] = peak_memory(device) / 1e9
             row |= dict(knn=accuracy(ema.backbone.embed)) if has_classes else {}
             history, rows = [*history, row], []
         if rank == 0 and (log or stop):
             save(step)
         if rank == 0 and log:
             write_log(history, folder, recipe)
+        clock, timed = (time.perf_counter(), 0) if log else (clock, timed)
         if stop:
             raise KeyboardInterrupt
-        clock, timed = (time.perf_counter(), 0) if log else (clock, timed)
     return ema
 
 
 def run(args: argparse.Namespace) -> int:
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     config, recipe = PRESETS[args.preset]
-    recipe = replace(recipe, **{field.name: given[field.name] for field in fields(Recipe) if field.name in given})
-    config = replace(
-        dinoreg.CONFIGS.get(args.config, config), **{name: given[name] for name in ARCHITECTURE if name in given}
-    )
-    paths = dinoreg.find_images([args.folder])
-    if paths == [args.folder]:
-        raise ValueError(f"{args.folder}: no folder with images")
+    config = dinoreg.CONFIGS.get(args.config, config)
+    for name, value in vars(args).items():  # constants that were given as options
+        if name in ARCHITECTURE:
+            config = replace(config, **{name: value})
+        elif hasattr(recipe, name):
+            recipe = replace(recipe, **{name: tuple(value) if isinstance(value, list) else value})
+    for folder in filter(None, (args.val, args.folder)):
+        paths = dinoreg.find_images([folder])
+        if paths == [folder]:
+            raise ValueError(f"{folder}: no folder with images")
     if "RANK" in os.environ:  # torchrun
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
