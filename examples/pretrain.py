@@ -114,9 +114,7 @@ ARCHITECTURE = ("embed_dim", "depth", "num_heads", "ffn", "patch_size", "num_reg
 
 class DINOHead(nn.Module):
     """MLP, then cosines with K prototypes, times a learnt length of each: (..., in_dim) -> (..., out_dim = K).
-
-    Parameters have the official names: the last layer's are those that nn.utils.weight_norm makes of a linear one.
-    """
+    The last layer has the parameters that nn.utils.weight_norm makes of a linear one, as in dinov2/layers/dino_head.py."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, nlayers: int = 3):
         super().__init__()
@@ -161,10 +159,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Assignments (B, K), float32, by logits (B, K): those of a sample sum to 1, and all prototypes get the same in total.
-
-    The samples are those of all processes. Official Implementation: DINOLoss.sinkhorn_knopp_teacher.
-    """
+    """Assignments (B, K), float32, by logits (B, K): those of a sample sum to 1, and all prototypes get the same in total,
+    over all processes. Official: DINOLoss.sinkhorn_knopp_teacher."""
     Q = (logits.float() / temperature).exp()
     samples, prototypes = all_reduce(torch.tensor(float(len(Q)), device=Q.device)), Q.shape[1]
     Q /= all_reduce(Q.sum())
@@ -177,9 +173,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 @torch.no_grad()
 def softmax_center(logits: Tensor, temperature: float, center: Tensor, momentum: float = 0.9) -> Tensor:
     """Softmax of logits (B, K) less the centre (1, K), which then moves towards their mean, in place.
-
-    Official Implementation: DINOLoss.softmax_center_teacher and DINOLoss.update_center.
-    """
+    Official: DINOLoss.softmax_center_teacher and update_center."""
     logits = full_precision(logits)
     probs = ((logits - center) / temperature).softmax(dim=-1)
     total, count = all_reduce(logits.sum(dim=0)), all_reduce(torch.tensor(len(logits), device=logits.device))
@@ -190,28 +184,21 @@ def softmax_center(logits: Tensor, temperature: float, center: Tensor, momentum:
 
 def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
     """Cross-entropy of student crops (S, B, K) with teacher crops (T, B, K): summed over S * T pairs, averaged over B.
-
-    Official Implementation: DINOLoss.forward.
-    """
+    Official: DINOLoss.forward."""
     log_probs = F.log_softmax(full_precision(student_logits) / student_temp, dim=-1)
     return -(teacher_probs.sum(dim=0) * log_probs).sum(dim=-1).mean(dim=-1).sum()
 
 
 def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, student_temp: float = 0.1) -> Tensor:
     """Cross-entropy of masked patches (M, K), those where masks (B, h * w) is True: averaged over each image's, then over B.
-
-    Official Implementation: iBOTPatchLoss.forward_masked.
-    """
+    Official: iBOTPatchLoss.forward_masked."""
     log_probs = F.log_softmax(full_precision(student_logits) / student_temp, dim=-1)
     weights = (1 / masks.sum(dim=1).clamp(min=1))[:, None].expand_as(masks)[masks]
     return -((teacher_probs * log_probs).sum(dim=-1) * weights).sum() / len(masks)
 
 
 def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """Minus the mean log distance of features (B, D) to their nearest neighbours on the unit sphere.
-
-    Official Implementation: KoLeoLoss.forward.
-    """
+    """Minus the mean log distance of features (B, D) to their nearest neighbours on the unit sphere. Official: KoLeoLoss."""
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(full_precision(x), dim=-1, eps=eps)
         nearest = (x.detach() @ x.detach().mT).fill_diagonal_(-1).argmax(dim=1)
@@ -223,9 +210,7 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
 
 def random_mask(h: int, w: int, count: int, generator: torch.Generator | None = None) -> Tensor:
     """A mask (h, w), bool, of at most `count` patches, in rectangles of random size, shape and place.
-
-    Official Implementation: dinov2/data/masking.py, with the largest rectangle of dinov2/train/train.py.
-    """
+    Official: dinov2/data/masking.py, with the largest rectangle that dinov2/train/train.py gives it."""
     mask, tries = torch.zeros(h, w, dtype=torch.bool), 0
     while (room := min(count - int(mask.sum()), h // 2 * w)) > 0 and tries < 10:
         area, shape, y, x = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
@@ -245,11 +230,9 @@ def permutation(n: int, *seed: int) -> np.ndarray:
 
 
 class Crops(torch.utils.data.Dataset):
-    """Crops of an image, global (2, 3, H, W) and local (L, 3, H', W'), uint8, and masks (2, h * w) of the global ones.
-
-    An item's key is (batch, place). In the place of an image that cannot be read comes the next one; the item's last part
-    has a line about each. Official Implementation: dinov2/data/augmentations.py and collate.py.
-    """
+    """Crops of an image, global (2, 3, H, W) and local (L, 3, H', W'), uint8, and masks (2, h * w) of the global ones. An
+    item's key is (batch, place). In the place of an image that cannot be read comes the next one; the item's last part has
+    a line about each such. Official: dinov2/data/augmentations.py and collate.py."""
 
     def __init__(self, paths: list[Path], recipe: Recipe, batch_size: int, grid: int):
         from torchvision.transforms import v2
@@ -312,10 +295,8 @@ class Network(nn.Module):
         self.register_buffer("ibot_center", torch.zeros(1, recipe.ibot_prototypes or K))
 
     def forward(self, crops: list[Tensor], masks: Tensor, hide: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """CLS tokens (B, D) of each stack of crops, their logits (B, K), and logits (M, K) of patches of the first by masks.
-
-        Of these patches the backbone sees the mask token if hide.
-        """
+        """CLS tokens (B, D) of each stack of crops, their logits (B, K), and logits (M, K) of the patches of the first stack
+        where masks (B, h * w) is True, of which the backbone sees the mask token if hide."""
         with torch.autocast(masks.device.type, torch.bfloat16, enabled=masks.is_cuda):
             features = self.backbone(crops, [masks if hide else None, None][: len(crops)], is_training=True)  # one pass
             cls = [part["x_norm_clstoken"] for part in features]
@@ -326,11 +307,9 @@ class Network(nn.Module):
 
 def compute_losses(student, teacher, crops, masks, recipe: Recipe, temperature: float, distil=False) -> dict[str, Tensor]:
     """The terms of the loss for crops (2 B, C, H, W), (L B, C, H', W') and masks (2 B, h * w); `loss` is their weighted sum.
-
     `entropy` is that of the teacher's assignments, and `information` the entropy of their mean less it: 0 if all images are
     assigned alike, after a collapse, and ln K at most. In a distillation no patch is hidden, and the loss is that of all
-    patches (section 5 of the paper). Official Implementation: SSLMetaArch.forward_backward.
-    """
+    patches (section 5 of the paper). Official: SSLMetaArch.forward_backward."""
     masks = torch.ones_like(masks) if distil else masks
     with torch.no_grad():
         _, (cls_logits,), patch_logits = teacher(crops[:1], masks, hide=False)
@@ -405,7 +384,7 @@ def cosine(step: int, base: float, final: float, total: int, warmup: int = 0, st
 
 
 def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float = 0.0) -> dict[str, float]:
-    """The values that change from step to step. Official Implementation: dinov2/train/train.py, build_schedulers."""
+    """The values that change from step to step. Official: dinov2/train/train.py, build_schedulers."""
     epochs = recipe.epochs, recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs
     total, warmup, temp_warmup = (int(number * epoch_length) for number in epochs)
     lr = cosine(step, recipe.base_lr * math.sqrt(recipe.batch_size / 1024), recipe.min_lr, total, warmup)
@@ -427,6 +406,7 @@ def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float 
 def knn_accuracy(function, transform, train: list[Path], queries: list[Path], device) -> float:
     """The share of queries whose class, the name of their folder, is the vote of the 20 images of the nearest features,
     which function computes from images (B, 3, H, W). Images that cannot be read are left out."""
+    from sklearn.neighbors import KNeighborsClassifier
 
     def features(paths: list[Path]) -> tuple[Tensor, list[str]]:
         images, rows, names = [], [], []
@@ -439,22 +419,9 @@ def knn_accuracy(function, transform, train: list[Path], queries: list[Path], de
                 images = []
         return torch.cat(rows), names
 
-    (x, names), (y, truth) = features(train), features(queries)
-    classes = sorted(set(names))
-    labels = F.one_hot(torch.tensor([classes.index(name) for name in names])).float()
-    votes = common.vote(x, labels, y, k=20).argmax(dim=1).tolist()
-    return float(np.mean([classes[vote] == name for vote, name in zip(votes, truth)]))
-
-
-def peak_memory(device: torch.device) -> float:
-    """The greatest memory so far in bytes, of the GPU or of this process; NaN on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return math.nan
+    x, names = features(train)
+    vote = KNeighborsClassifier(min(20, len(x)), metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
+    return vote.fit(x, names).score(*features(queries))
 
 
 def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:
@@ -480,9 +447,7 @@ def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:
 
 def train(student: Network, teacher: Network | None, paths, recipe: Recipe, folder, args, freeze_epochs=0.0) -> Network:
     """Train a student, and return its moving average, which is also its teacher unless another, frozen one is given.
-
-    The files of the run are in folder. The backbone does not change during the first freeze_epochs.
-    """
+    The files of the run are in folder. The backbone does not change during the first freeze_epochs."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, transform, distil = torch.device(args.device), student.backbone.transform, teacher is not None
     epoch_length = recipe.epoch_length or len(paths) // recipe.batch_size
@@ -546,30 +511,28 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
         teacher.backbone.compile()
     parallel = DistributedDataParallel(student, [device] if device.type == "cuda" else None) if world > 1 else student
     random = torch.default_generator if device.type == "cpu" else torch
-    clock, timed = time.perf_counter(), 0
     for step in range(start + 1, steps + 1):
-        now = schedule(recipe, step - 1, epoch_length, freeze_epochs)
+        began, now = time.perf_counter(), schedule(recipe, step - 1, epoch_length, freeze_epochs)
         parts = [read_part() for _ in range(recipe.accumulate)]
         random.manual_seed(hash((recipe.seed, 3, step, rank)))  # of stochastic depth
         terms = train_step(parallel, teacher, ema, optimizer, parts, recipe, now, distil)
         terms["stop"] = torch.tensor(float(len(stops)), device=device)
         values = all_reduce(torch.stack([*terms.values()])) / world
-        rows.append(dict(zip(terms, values.tolist())))
-        stop, timed = rows[-1].pop("stop"), timed + 1
+        rows.append(dict(zip(terms, values.tolist()), seconds=time.perf_counter() - began))
+        stop = rows[-1].pop("stop")
         if not math.isfinite(rows[-1]["loss"]):
             raise ValueError(f"the loss is not finite in step {step}; a lower --base-lr or --clip-grad may help")
         if log := step % every == 0 or step == steps:
             row = dict(epoch=step / epoch_length, step=step, **now)
             row |= {name: float(np.mean([one[name] for one in rows])) for name in rows[0]}
-            row["images_per_s"] = timed * recipe.batch_size / (time.perf_counter() - clock)
-            row["memory_gb"] = peak_memory(device) / 1e9
+            row["images_per_s"] = recipe.batch_size / row.pop("seconds")
+            row |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9) if device.type == "cuda" else {}
             row |= dict(knn=accuracy(ema.backbone.embed)) if has_classes else {}
             history, rows = [*history, row], []
         if rank == 0 and (log or stop):
             save(step)
         if rank == 0 and log:
             write_log(history, folder, recipe)
-        clock, timed = (time.perf_counter(), 0) if log else (clock, timed)
         if stop:
             raise KeyboardInterrupt
     return ema
@@ -614,7 +577,9 @@ def run(args: argparse.Namespace) -> int:
         frozen.transform = backbone.transform
         if frozen.patch_size != backbone.patch_size:
             raise ValueError(f"--teacher has patches of {frozen.patch_size} pixels, the student of {backbone.patch_size}")
-        heads = replace(recipe, epochs=args.freeze_epochs, warmup_epochs=args.freeze_epochs / 10)
+        heads = replace(
+            recipe, epochs=args.freeze_epochs, warmup_epochs=args.freeze_epochs / 10, freeze_last_layer_epochs=0.0
+        )
         (args.output / "heads").mkdir(exist_ok=True)
         teacher = train(Network(frozen, recipe), None, paths, heads, args.output / "heads", args, args.freeze_epochs)
     train(Network(backbone, recipe), teacher, paths, recipe, args.output, args, args.freeze_epochs if trained else 0.0)
