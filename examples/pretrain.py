@@ -376,11 +376,11 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict]:
 
 def cosine(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
     """A value that rises from start to base, then falls to final along a cosine. Official: CosineScheduler."""
-    if step < min(warmup, total):
+    if step >= total:
+        return final
+    if step < warmup:
         return start + (base - start) * step / max(warmup - 1, 1)
-    return (
-        final + (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2 if step < total else final
-    )
+    return final + (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float = 0.0) -> dict[str, float]:
@@ -458,9 +458,11 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
     student.backbone.mask_token.requires_grad_(not distil)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     teacher = teacher.to(device).eval().requires_grad_(False) if distil else ema
+    teacher.dino_center, teacher.ibot_center = ema.dino_center, ema.ibot_center  # saved with ema
     optimizer = torch.optim.AdamW(parameter_groups(student, recipe), betas=recipe.betas)
     saved = dict(student=student, ema=ema, optimizer=optimizer)
-    start, history, rows, settings = 0, [], [], f"{recipe} {student.backbone.config} {len(paths)} {distil}"
+    start, history, rows = 0, [], []
+    settings = f"{recipe} {student.backbone.config} {len(paths)} {args.model} {args.teacher} {freeze_epochs}"
 
     def save(step: int) -> None:
         state = {name: part.state_dict() for name, part in saved.items()}
