@@ -238,15 +238,15 @@ class Crops(torch.utils.data.Dataset):
         from torchvision.transforms import v2
 
         def crop(size: int, scale: tuple, blur: float, solarize: float = 0.0) -> v2.Transform:
-            transforms = {
-                v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC): 1.0,
-                v2.RandomHorizontalFlip(1.0): recipe.flip,
-                v2.ColorJitter(0.4, 0.4, 0.2, 0.1): recipe.jitter,
-                v2.RandomGrayscale(1.0): recipe.grey,
-                v2.GaussianBlur(9, (0.1, 2.0)): blur,
-                v2.RandomSolarize(128, 1.0): solarize,
-            }
-            return v2.Compose([*(v2.RandomApply([x], p) for x, p in transforms.items() if p > 0), v2.PILToTensor()])
+            transforms = (
+                (1.0, v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC)),
+                (recipe.flip, v2.RandomHorizontalFlip(1.0)),
+                (recipe.jitter, v2.ColorJitter(0.4, 0.4, 0.2, 0.1)),
+                (recipe.grey, v2.RandomGrayscale(1.0)),
+                (blur, v2.GaussianBlur(9, (0.1, 2.0))),
+                (solarize, v2.RandomSolarize(128, 1.0)),
+            )
+            return v2.Compose([*(v2.RandomApply([x], p) for p, x in transforms if p > 0), v2.PILToTensor()])
 
         self.paths, self.recipe, self.batch_size, self.grid = paths, recipe, batch_size, grid
         first, second = (crop(recipe.global_size, recipe.global_scale, *p) for p in zip(recipe.blur, (0.0, recipe.solarize)))

@@ -372,7 +372,7 @@ def test_weights_change_after_the_heads(run, folder, tmp_path):
 def test_distillation(run, folder, tmp_path):
     run(folder, tmp_path / "large", "--epochs", 1, "--embed-dim", 32)
     weights = tmp_path / "large" / "teacher.safetensors"
-    result = run(folder, tmp_path / "small", "--teacher", weights, "--freeze-epochs", 2)
+    result = run(folder, tmp_path / "small", "--teacher", weights, "--freeze-epochs", 2, "--centering", "centering")
     assert result.status == 0 and result.out.count("\nepoch") == 2 + 3, result.err
     assert dinoreg.load(tmp_path / "small" / "teacher.safetensors").embed_dim == 16
     heads, large = (
