@@ -544,7 +544,11 @@ def run(args: argparse.Namespace) -> int:
     config, recipe = PRESETS[args.preset]
     config = dinoreg.CONFIGS.get(args.config, config)
     for name, value in vars(args).items():  # constants that were given as options
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
         if name in ARCHITECTURE:
+            if args.model:
+                raise ValueError(f"--model has its own architecture: leave out --{name.replace('_', '-')}")
             config = replace(config, **{name: value})
         elif hasattr(recipe, name):
             recipe = replace(recipe, **{name: tuple(value) if isinstance(value, list) else value})
@@ -558,7 +562,7 @@ def run(args: argparse.Namespace) -> int:
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     share = recipe.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
-    if recipe.batch_size > len(paths) or recipe.batch_size % share:
+    if not 0 < recipe.batch_size <= len(paths) or not share or recipe.batch_size % share:
         limits = f"at most {len(paths)}, the number of images, and a multiple of {share}"
         raise ValueError(f"--batch-size must be {limits}, got {recipe.batch_size}")
     args.output.mkdir(parents=True, exist_ok=True)
@@ -609,8 +613,8 @@ def main() -> int:
     values = {field.name: field.default for field in fields(Recipe)}
     for name, value in {**values, **{name: getattr(PRESETS["official"][0], name) for name in ARCHITECTURE}}.items():
         kind = dict(type=float, nargs=len(value)) if isinstance(value, tuple) else dict(type=type(value))
-        options = dict(default=argparse.SUPPRESS, metavar="X", help=str(value))
-        constants.add_argument(f"--{name.replace('_', '-')}", **kind, **options)
+        kind |= dict(choices=("sinkhorn_knopp", "centering")) if name == "centering" else dict(metavar="X")
+        constants.add_argument(f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS, help=str(value))
     return common.run(run, parser.parse_args())
 
 

@@ -283,10 +283,11 @@ def test_a_batch_has_all_images_and_evenly_spread_masks(folder):
 
 OPTIONS = dict(
     device="cpu", workers=0, preset="laptop", batch_size=8, epochs=3, warmup_epochs=1, freeze_last_layer_epochs=0,
-    patch_size=7, global_size=28, local_size=14, local_crops=2, embed_dim=16, depth=2, num_heads=2,
+    global_size=28, local_size=14, local_crops=2,
     prototypes=16, ibot_prototypes=16, hidden_dim=16, bottleneck_dim=8, ibot_bottleneck_dim=8,
 )  # fmt: skip
 TINY = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+ARCHITECTURE = ["--patch-size=7", "--embed-dim=16", "--depth=2", "--num-heads=2"]
 
 
 @pytest.fixture
@@ -296,7 +297,8 @@ def run(monkeypatch, capsys):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(folder: Path, output: Path, *options):
-        monkeypatch.setattr(sys, "argv", [*map(str, ["pretrain.py", folder, "-o", output, *TINY, *options])])
+        new = [] if "--model" in options else ARCHITECTURE
+        monkeypatch.setattr(sys, "argv", [*map(str, ["pretrain.py", folder, "-o", output, *TINY, *new, *options])])
         try:
             status = pretrain.main()
         except SystemExit as exit:  # argparse's
@@ -410,8 +412,14 @@ def test_a_collapse_is_reported(run, tmp_path):
     (["--batch-size", "9", "--accumulate", "2"], "a multiple of 2"),
     (["--local-size", "15"], "image sides must be multiples of 7 pixels, got 15 x 15"),
     (["--num-heads", "3"], "config: num_heads"),
+    (["--model", "x.safetensors", "--depth", "3"], "--model has its own architecture: leave out --depth"),
     (["--model", "missing.safetensors"], "missing.safetensors"),
+    (["--accumulate", "0"], "a multiple of 0"),
     (["--mask-ratio", "0.5"], "expected 2 arguments"),
+    (["--batch-size", "0"], "--batch-size must be at most 24"),
+    (["--local-crops", "-1"], "--local-crops must not be negative, got -1"),
+    (["--centering", "none"], "invalid choice: 'none'"),
+    (["--val", "missing"], "missing: no folder with images"),
 ])  # fmt: skip
 def test_bad_options(run, folder, tmp_path, options, message):
     result = run(folder, tmp_path / "run", *options)
@@ -444,7 +452,7 @@ def test_two_processes_compute_what_one_does(run, folder, tmp_path):
     options = ("--drop-path-rate", "0", "--epochs", "2")
     run(folder, tmp_path / "one", *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [SCRIPT, folder, "-o", tmp_path / "two", *TINY, *options]
+    command += [SCRIPT, folder, "-o", tmp_path / "two", *TINY, *ARCHITECTURE, *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
@@ -456,7 +464,7 @@ def test_two_processes_compute_what_one_does(run, folder, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_continues_on_the_same_curve(run, folder, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, folder, "-o", tmp_path / "run", *TINY], stdout=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, folder, "-o", tmp_path / "run", *TINY, *ARCHITECTURE], stdout=subprocess.PIPE, text=True
     )
     while "epoch 1" not in process.stdout.readline():
         pass
