@@ -4,8 +4,8 @@
     python -c "import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
     python examples/benchmark.py > examples/benchmark.md    # all parts but corpus; or some: forward start ...
 
-All sides have the same random weights, and run once in each turn, in random order; short runs are repeated for half a second,
-and the fastest counts. Figures are medians over the turns, and ratios medians of the ratios within each turn. `--device` is
+All sides have the same random weights, and run once in each turn, in random order; short runs are repeated for half a
+second, and the fastest counts. Figures are medians over the turns, and ratios medians of the ratios within each turn. `--device` is
 that of `forward`, `lists` and `engines`; the rest runs on the CPU.
 """
 

@@ -24,9 +24,8 @@ from PIL import Image
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 
-import pretrain
-
 import dinoreg
+import pretrain
 
 SCRIPT = Path(pretrain.__file__)
 
