@@ -5,8 +5,8 @@
     python examples/benchmark.py > examples/benchmark.md    # all parts but corpus; or some: forward start ...
 
 All sides have the same random weights, and run once in each turn, in random order; short runs are repeated for half a
-second, and the fastest counts. Figures are medians over the turns, and ratios medians of the ratios within each turn. `--device` is
-that of `forward`, `lists` and `engines`; the rest runs on the CPU.
+second, and the fastest counts. Figures are medians over the turns, ratios are medians of the ratios within each turn.
+`--device` is that of `forward`, `lists` and `engines`; the rest runs on the CPU.
 """
 
 import argparse
