@@ -594,7 +594,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if args.failed else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if the run could not start, 130 if it was interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -617,7 +617,7 @@ def main() -> int:
         kind = dict(type=float, nargs=len(value)) if isinstance(value, tuple) else dict(type=type(value))
         kind |= dict(choices=("sinkhorn_knopp", "centering")) if name == "centering" else dict(metavar="X")
         constants.add_argument(f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS, help=str(value))
-    return common.run(run, parser.parse_args())
+    return common.run(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
