@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
             classes = masks.name_classes(largest + 1, args.like[0][1])
         segment = by_example(backbone, examples, tile, len(classes))
         photo, mask = examples[0]
-        views = [(dinoreg.to_rgb(Image.open(photo)), mask)]
+        views = [(dinoreg.to_rgb(dinoreg.open_image(photo)), mask)]
     args.output.mkdir(parents=True, exist_ok=True)
 
     images, failed, confusions = dinoreg.find_images(args.images), 0, 0
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     for image, picture_path, mask_path in zip(tqdm(images, unit="image"), *names):
         try:
             x = dinoreg.preprocess(image, None, True, P, transform=backbone.transform)
-            photo = dinoreg.to_rgb(Image.open(image))
+            photo = dinoreg.to_rgb(dinoreg.open_image(image))
             truth = masks.read_mask(args.truth / f"{image.stem}.png", image, classes, args.ignore) if args.truth else None
         except (OSError, ValueError) as error:
             tqdm.write(f"segment: {image}: {common.reason(error)}", file=sys.stderr)

@@ -120,6 +120,23 @@ def test_benchmark_of_folders(run, small, monkeypatch):
     assert milliseconds[0][3] > 5 * milliseconds[1][3]  # 12 megapixels take longer to decode than 0.2
 
 
+def test_benchmark_of_a_corpus(run, small, monkeypatch):
+    pytest.importorskip("pyarrow")
+    numbers_of, environments = benchmark.numbers_of, []
+
+    def run_without_ray(command):
+        start = command.index(sys.executable)
+        environments.append(command[:start])
+        return numbers_of(command[start:])
+
+    monkeypatch.setattr(benchmark, "numbers_of", run_without_ray)
+    _, (header, _, row) = run("corpus", "--images", "4")
+    assert header == ["images", "plain loop, s", "Ray, s", "ratio", "images per hour"]
+    loop, ray, per_hour = (float(row[i].replace(",", "")) for i in (1, 2, 4))
+    assert row[0] == "4" and loop > 0 and per_hour == pytest.approx(4 * 3600 / ray, rel=0.05)
+    assert sum("RAY_ADDRESS=local" in environment for environment in environments) == len(environments) / 2
+
+
 @pytest.mark.parametrize("arguments", [["--pixels", "225"], ["--turns", "0"], ["--batches", "0"], ["backward"]])
 def test_wrong_options_are_an_error(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -450,17 +450,3 @@ def test_a_remote_cluster_writes_the_rows_of_a_loop(cluster, call, tmp_path, mod
     call(*arguments)
     assert ds.dataset(output).schema.equals(ds.dataset(tmp_path / "loop").schema, check_metadata=True)
     check_patches(tmp_path / "loop", paths, model)
-
-
-@pytest.mark.slow
-def test_benchmark_of_a_corpus(monkeypatch):
-    pytest.importorskip("ray.data")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # it is for a cluster of its own, and a loop
-    command = [sys.executable, HERE / "benchmark.py", "corpus", "--images", "4", "--turns", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
-    assert result.returncode == 0, result.stderr
-    *_, row = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    count, loop, ray, ratio, per_hour = (float(cell.replace(",", "")) for cell in row.strip("| ").split(" | "))
-    assert (
-        count == 4 and ratio == pytest.approx(ray / loop, rel=0.05) and per_hour == pytest.approx(4 * 3600 / ray, rel=0.05)
-    )
