@@ -124,13 +124,13 @@ def find_backbone(tensors: dict[str, Tensor], wanted: str | None) -> str:
         if wanted not in prefixes:
             raise ValueError(f"no backbone has the prefix {wanted!r}; there are {', '.join(map(repr, prefixes))}")
         return wanted
+    if len(prefixes) == 1:
+        return prefixes[0]
     averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
-    if len(prefixes) == 1 or len(averaged) == 1:
-        (prefix,) = prefixes if len(prefixes) == 1 else averaged
-        if len(prefixes) > 1:
-            note(f"took the averaged weights {prefix!r}, not {', '.join(repr(x) for x in prefixes if x != prefix)}")
-        return prefix
-    raise ValueError(f"several backbones, choose one with --prefix: {', '.join(map(repr, prefixes))}")
+    if len(averaged) != 1:
+        raise ValueError(f"several backbones, choose one with --prefix: {', '.join(map(repr, prefixes))}")
+    note(f"took the averaged weights {averaged[0]!r}, not {', '.join(repr(x) for x in prefixes if x != averaged[0])}")
+    return averaged[0]
 
 
 def note(text: str) -> None:
@@ -230,12 +230,9 @@ def place_registers(tensors: dict[str, Tensor], no_embed_class: bool | None) -> 
 def from_official(model: DinoVisionTransformer | LinearClassifier, dialect: str) -> dict[str, Tensor]:
     """The state dict of a model in another dialect. Raises a ValueError if the dialect has no such classifier."""
     model, config, tensors = dinoreg.describe_model(model)
-    if config.grid[0] != config.grid[1]:
-        raise ValueError(
-            "a position embedding of {} x {} patches; only dinoreg's own files can hold one that is not square".format(
-                *config.grid
-            )
-        )
+    h, w = config.grid
+    if h != w:
+        raise ValueError(f"a position embedding of {h} x {w} patches is not square: only dinoreg's own files can hold it")
     if dialect == "official":
         return tensors
     head = take(tensors, "linear_head.")

@@ -42,6 +42,12 @@ def add_stride(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int, metavar="PIXELS", help=rule)
 
 
+def add_resolution(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    rule = "the whole image is resized to as many pixels as a square of this side has"
+    shown = f"{rule} (default: {default or 'as in training'})"
+    parser.add_argument("--resolution", type=int, default=default, metavar="PIXELS", help=shown)
+
+
 def add_no_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-cache", action="store_true", help="compute all features, and keep none in the cache folder")
 
@@ -69,6 +75,14 @@ def set_square(backbone: dinoreg.DinoVisionTransformer, size: int | None) -> int
     if H % backbone.patch_size:
         raise ValueError(f"--size must be a multiple of {backbone.patch_size}, the side of a patch, got {H}")
     return H
+
+
+def set_resolution(backbone: dinoreg.DinoVisionTransformer, resolution: int | None) -> None:
+    """Let the transform resize whole images to as many pixels as a square of this side, or of that of training, has."""
+    if resolution is not None and resolution < backbone.patch_size:
+        raise ValueError(f"--resolution must be at least {backbone.patch_size}, the side of a patch, got {resolution}")
+    trained = round(math.sqrt(math.prod(backbone.config.grid)) * backbone.patch_size)
+    backbone.transform = backbone.transform.at_size(resolution or trained)
 
 
 def set_stride(backbone: dinoreg.DinoVisionTransformer, stride: int | None) -> dinoreg.DinoVisionTransformer:
@@ -152,6 +166,10 @@ SHARD = 1 << 28  # bytes of features in a file of the cache; then another one is
 Features = dict[Path, Tensor | str]  # those of an image file, of any shape; or why it could not be read
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dinoreg")
+
+
 def cached_features(
     function: Callable[[Sequence[Path]], Iterable[Tensor | str]],
     paths: Sequence[Path],
@@ -169,8 +187,7 @@ def cached_features(
     """
     from tqdm import tqdm
 
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dinoreg")
-    caches /= f"{script}-{folder.resolve().name}-{digest(str(folder.resolve()))}"
+    caches = cache_folder() / f"{script}-{folder.resolve().name}-{digest(str(folder.resolve()))}"
     cache = caches / digest([Path(model).name, stamp(Path(model)), dinoreg.__version__, *options])
     names = {str(path.absolute()): path for path in paths}
     stamps = {name: stamp(path) for name, path in names.items()}

@@ -26,7 +26,6 @@ from tqdm import tqdm
 import common
 import dinoreg
 import test_time_registers
-from visualize import add_resolution, set_resolution
 
 CANDIDATES = 100  # k of the paper: the patches of lowest degree, which may join the seed
 # Added to the similarities, in units of their mean: patches have a common component, above all in their keys, that makes
@@ -101,7 +100,7 @@ def draw(photo: Image.Image, mask: np.ndarray, box: list[int] | None) -> Image.I
 
 def run(args: argparse.Namespace) -> int:
     model = common.load_backbone(args.model, args.device, args.stride)
-    set_resolution(model, args.resolution)
+    common.set_resolution(model, args.resolution)
     bias = BIAS[args.features] if args.bias is None else args.bias
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     rule = "added to the similarities, in units of their mean; lower values tend to select smaller objects"
     add("--bias", type=float, help=f"{rule} (default: {defaults})")
     add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="default: %(default)s")
-    add_resolution(parser)
+    common.add_resolution(parser)
     test_time_registers.add_option(parser)
     common.add_stride(parser)
     common.add_device(parser)

@@ -408,22 +408,17 @@ def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float 
 def knn_accuracy(function, transform, train: list[Path], queries: list[Path], device) -> float:
     """The share of queries whose class, the name of their folder, is the vote of the 20 images of the nearest features,
     which function computes from images (B, 3, H, W). Images that cannot be read are left out."""
-    from sklearn.neighbors import KNeighborsClassifier
+    classes = sorted({path.parent.name for path in train})
 
     def features(paths: list[Path]) -> tuple[Tensor, list[str]]:
-        images, rows, names = [], [], []
-        for path in paths:
-            with contextlib.suppress(OSError, ValueError):
-                images.append(dinoreg.preprocess(path, transform=transform))
-                names.append(path.parent.name)
-            if images and (len(images) == 256 or path == paths[-1]):
-                rows.append(function(torch.stack(images).to(device)).float().cpu())
-                images = []
-        return torch.cat(rows), names
+        results = zip(paths, common.apply(function, paths, transform, device))
+        rows, names = zip(*((x.float(), path.parent.name) for path, x in results if isinstance(x, Tensor)))
+        return torch.stack(rows), names
 
-    x, names = features(train)
-    vote = KNeighborsClassifier(min(20, len(x)), metric="cosine", weights=lambda distance: np.exp(-distance / 0.07))
-    return vote.fit(x, names).score(*features(queries))
+    (x, names), (y, truth) = features(train), features(queries)
+    labels = F.one_hot(torch.tensor([classes.index(name) for name in names]), len(classes)).float()
+    votes = common.vote(x, labels, y, k=20).argmax(dim=1).tolist()
+    return float(np.mean([classes[vote] == name for vote, name in zip(votes, truth)]))
 
 
 def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:

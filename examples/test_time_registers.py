@@ -135,16 +135,13 @@ def see(model: dinoreg.DinoVisionTransformer, image: Tensor) -> tuple[Tensor, Te
 
 
 def run(args: argparse.Namespace) -> int:
-    model, images = common.load_backbone(args.model, args.device), {}
-    paths = dinoreg.find_images(args.images)
-    for path in paths:
-        try:
-            image = dinoreg.preprocess(path, args.resolution, True, model.patch_size, transform=model.transform)
-            images[path] = image.to(args.device)
-        except (OSError, ValueError) as error:
-            print(f"test_time_registers: {path}: {common.reason(error)}", file=sys.stderr)
+    model, paths = common.load_backbone(args.model, args.device), dinoreg.find_images(args.images)
+    options = args.resolution, True, model.patch_size
+    inputs = {path: common.read_image(path, *options, transform=model.transform) for path in paths}
+    status = common.report("test_time_registers", {path: x for path, x in inputs.items() if isinstance(x, str)})
+    images = {path: x.to(args.device) for path, x in inputs.items() if isinstance(x, Tensor)}
     if not images:
-        return 1
+        return status
     neurons = find_register_neurons(model, images.values(), args.count, args.cutoff)
     print(json.dumps({"neurons": neurons}))
     for path, image in images.items():
@@ -162,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
             "cosine_patches": cosines[1:].mean().item(),
         }
         print(json.dumps(record))
-    return 1 if len(images) < len(paths) else 0
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,8 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default="vitl14", help="an official model or a file of weights (default: %(default)s)")
     add("--count", type=int, default=50, help="of neurons (default: %(default)s)")
     add("--cutoff", type=float, default=3, help="outliers have norms above this times the median (default: %(default)s)")
-    rule = "the whole image is resized to as many pixels as a square of this side has"
-    add("--resolution", type=int, default=518, metavar="PIXELS", help=f"{rule} (default: %(default)s)")
+    common.add_resolution(parser, default=518)
     common.add_device(parser)
     return common.run(run, parser.parse_args(argv))
 

@@ -35,7 +35,6 @@ import common
 import dinoreg
 from masks import IGNORED, Classes, confusion, name_classes, read_classes, read_mask, score
 from segment import Segmenter, classify_pixels, patch_features, save
-from visualize import set_resolution
 
 BATCH = 8  # photos in a step
 LEARNING_RATE = 0.01
@@ -134,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     backbone = common.load_backbone(args.model, args.device)
     if args.layers > backbone.n_blocks:
         raise ValueError(f"--layers must be at most {backbone.n_blocks}, got {args.layers}")
-    set_resolution(backbone, args.resolution)  # segment.py does the same
+    common.set_resolution(backbone, args.resolution)  # segment.py does the same
     classes = read_classes(args.classes) if args.classes else None
     pairs, errors, count = find_pairs(args.images, args.masks, classes, args.ignore)
     held_out, more, other = find_pairs(*args.val, classes, args.ignore) if args.val else ([], [], 0)
@@ -177,8 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--classes", type=Path, metavar="FILE", help="class names: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels (default: %(default)s)")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
-    rule = "the whole photo is resized to as many pixels as a square of this side has"
-    add("--resolution", type=int, default=448, metavar="PIXELS", help=f"{rule} (default: %(default)s)")
+    common.add_resolution(parser, default=448)
     add("--layers", type=int, choices=(1, 4), default=1, help="last blocks whose patch tokens the head sees (default: 1)")
     add("--steps", type=common.positive, default=500, help=f"training steps, of {BATCH} photos each (default: %(default)s)")
     output = Path("segmenter.safetensors")

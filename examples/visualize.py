@@ -15,7 +15,6 @@ Without registers, large models have outlier tokens of very high norm, which are
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -104,18 +103,10 @@ def draw(pixels: Tensor, rows: dict[str, dict[str, Tensor]], limits: tuple[float
         figure.savefig(part, dpi=150)
 
 
-def set_resolution(model: dinoreg.DinoVisionTransformer, resolution: int | None) -> None:
-    """Let the model's transform resize whole images to as many pixels as a square of this side, or as in training, has."""
-    if resolution is not None and resolution < model.patch_size:
-        raise ValueError(f"--resolution must be at least {model.patch_size}, the side of a patch, got {resolution}")
-    trained = round(math.sqrt(math.prod(model.config.grid)) * model.patch_size)
-    model.transform = model.transform.at_size(resolution or trained)
-
-
 def load_models(args: argparse.Namespace) -> Models:
     models = {source: common.load_backbone(source, args.device, args.stride) for source in args.model}
     for model in models.values():
-        set_resolution(model, args.resolution)
+        common.set_resolution(model, args.resolution)
     return models
 
 
@@ -156,18 +147,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if done < len(images) else 0
 
 
-def add_resolution(parser: argparse.ArgumentParser) -> None:
-    rule = "the whole image is resized to as many pixels as a square of this side has"
-    trained = "that of the position embedding, 518 for official models"
-    parser.add_argument("--resolution", type=int, metavar="PIXELS", help=f"{rule} (default: {trained})")
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that choose what is seen, and by which models."""
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     add("--model", nargs="+", default=["vits14_reg"], help="official models or files of weights (default: vits14_reg)")
-    add_resolution(parser)
+    common.add_resolution(parser)
     common.add_stride(parser)
     common.add_device(parser)
 

@@ -13,7 +13,6 @@ Official Implementation: dinov2/hub/dinotxt.py and dinov2/hub/text; "DINOv2 Meet
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -171,8 +170,7 @@ def encode_classes(prompts: list[list[str]], args: argparse.Namespace) -> Tensor
     """The mean of the vectors of each class's prompts (K, 2 D), normalised; from the cache if they were computed before."""
     path, T, vectors = fetch("text_encoder"), len(prompts[0]), []
     key = json.dumps([str(path.resolve()), common.stamp(path), prompts])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dinoreg")
-    cache = folder / f"text-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    cache = common.cache_folder() / f"text-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if cache.exists() and not args.no_cache:
         return dinoreg.read_tensors(cache)[0]["features"]
     tokens, encoder = tokenize([prompt for texts in prompts for prompt in texts]), load(TextEncoder, path).to(args.device)
@@ -181,7 +179,7 @@ def encode_classes(prompts: list[list[str]], args: argparse.Namespace) -> Tensor
         vectors.append(F.normalize(encoder(ids), dim=1).unflatten(0, (-1, T)).mean(dim=1).cpu())
     features = F.normalize(torch.cat(vectors), dim=1)
     if not args.no_cache:
-        folder.mkdir(parents=True, exist_ok=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         dinoreg.write_tensors({"features": features}, cache, {})
     return features
 
@@ -189,7 +187,7 @@ def encode_classes(prompts: list[list[str]], args: argparse.Namespace) -> Tensor
 def compare(model: DinoTxt, images: list[Tensor], text: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each image (3, H, W), the cosines with classes (K, 2 D) of the whole and of its patches: (K,) and (h, w, K)."""
     same = len({image.shape for image in images}) == 1
-    for x in torch.stack(images).split(4) if same else [image[None] for image in images]:  # 16 would need 1 GB more
+    for x in torch.stack(images).split(4) if same else [image[None] for image in images]:  # more at once need more memory
         cls, patches = model.get_visual_class_and_patch_tokens(x.to(text.device))
         whole = F.normalize(torch.cat([cls, patches.mean(dim=1)], dim=1), dim=1) @ text.T
         local = F.normalize(patches, dim=2) @ F.normalize(text[:, cls.shape[1] :], dim=1).T

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_tiny
 from PIL import Image
 
 import dinoreg
@@ -57,15 +58,6 @@ def run_example(name, *arguments):
     return subprocess.run([sys.executable, HERE / f"{name}.py", *map(str, arguments)], capture_output=True, text=True)
 
 
-def save_tiny(path, seed=0, **changes):
-    torch.manual_seed(seed)
-    model = dinoreg.DinoVisionTransformer(replace(TINY, **changes))
-    model.transform = dinoreg.Transform().at_size(16)
-    torch.nn.init.normal_(model.patch_embed.proj.weight, std=0.3)  # colours count for more than the place
-    dinoreg.save(model, path)
-    return path
-
-
 def paint(path, colour, seed=0):
     """An image of 24 x 20 noisy pixels of about one colour."""
     pixels = np.array(colour) + np.random.default_rng(seed).normal(0, 12, (20, 24, 3))
@@ -85,7 +77,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    return save_tiny(tmp_path / "model.safetensors")
+    return save_tiny(TINY, tmp_path / "model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,10 +282,10 @@ def test_search_embeds_only_what_changed(many, model, call):
 
 def test_search_embeds_anew_for_another_model(many, model, call, tmp_path):
     before = call(search.main, many, "--model", model, "--query", many / "0" / "0.png")
-    other = save_tiny(tmp_path / "other.safetensors", 1)
+    other = save_tiny(TINY, tmp_path / "other.safetensors", 1)
     after = call(search.main, many, "--model", other, "--query", many / "0" / "0.png")
     assert "30 computed" in after.stderr and before.stdout != after.stdout
-    save_tiny(other, 2, embed_dim=64)  # of the same name
+    save_tiny(replace(TINY, embed_dim=64), other, 2)  # of the same name
     assert "30 computed" in call(search.main, many, "--model", other).stderr
 
 
@@ -365,7 +357,7 @@ def test_search_in_the_output_of_embed_corpus(many, model, call, tmp_path):
         assert result.returncode == 0, result.stderr
         assert [Path(line[7:]) for line in result.stdout.splitlines()[:3]] == expected
         assert (tmp_path / "x.png").stat().st_size > 1000
-    other = save_tiny(tmp_path / "other.safetensors", 1)
+    other = save_tiny(TINY, tmp_path / "other.safetensors", 1)
     result = call(search.main, output, "--query", query, "--model", other)
     assert result.returncode == 2 and "embedded by model.safetensors" in result.stderr, result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -402,7 +394,7 @@ def train(call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_training_a_head_serves_the_folders_classes(train, folder, tmp_path, capsys, layers):
-    model, output = save_tiny(tmp_path / "model.safetensors", depth=4), tmp_path / "mine.safetensors"
+    model, output = save_tiny(replace(TINY, depth=4), tmp_path / "model.safetensors"), tmp_path / "mine.safetensors"
     result = train(folder, model, "--layers", layers)
     assert result.returncode == 0, result.stderr
     assert ": 100.0% of 6 test images are right" in result.stdout and "taken for" not in result.stdout
@@ -439,7 +431,7 @@ def test_training_a_head_twice_computes_features_once(train, monkeypatch, folder
     assert "1 computed, 29 from the cache" in train(folder, model).stderr
     assert "30 computed" in train(folder, model, "--size", 20).stderr
     assert dinoreg.load(output).transform == dinoreg.Transform().at_size(20)
-    save_tiny(model, 1)
+    save_tiny(TINY, model, 1)
     assert "30 computed" in train(folder, model).stderr
     assert "30 computed, 0 from the cache (no cache)" in train(folder, model, "--no-cache").stderr
 

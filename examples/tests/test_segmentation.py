@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_tiny
 from PIL import Image
 
 import dinoreg
@@ -28,15 +29,6 @@ import common
 import masks
 import segment
 import train_segmenter
-
-
-def save_tiny(path, seed=0, **changes):
-    torch.manual_seed(seed)
-    model = dinoreg.DinoVisionTransformer(replace(TINY, **changes))
-    model.transform = dinoreg.Transform().at_size(16)
-    torch.nn.init.normal_(model.patch_embed.proj.weight, std=0.3)  # colours count for more than the place
-    dinoreg.save(model, path)
-    return path
 
 
 def scene(seed, width=48, height=32):
@@ -77,7 +69,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    return save_tiny(tmp_path / "model.safetensors")
+    return save_tiny(TINY, tmp_path / "model.safetensors")
 
 
 @pytest.fixture
@@ -220,7 +212,7 @@ def test_features_are_computed_once_and_kept_in_half_precision(data, model, trai
     assert computed("--no-cache") == [10, 0]
     assert computed("--layers", 4) == [10, 0]
     assert computed("--resolution", 32) == [10, 0]
-    save_tiny(model, 1)
+    save_tiny(TINY, model, 1)
     assert computed("--resolution", 32) == [10, 0]
     assert sorted(os.listdir(data)) == ["cache", "classes.txt", "images", "masks", "mine.safetensors", "model.safetensors"]
 
@@ -305,7 +297,7 @@ def test_training_says_what_is_wrong_in_a_line(call, data, model):
         status, _, errors = call(train_segmenter, "--model", model, "--resolution", 40, "--output", output, *arguments)
         assert status == 2 and message in errors[-1], (arguments, errors)
     assert not output.exists()
-    shallow = save_tiny(data / "shallow.safetensors", depth=2)
+    shallow = save_tiny(replace(TINY, depth=2), data / "shallow.safetensors")
     status, _, errors = call(train_segmenter, images, masks, "--model", shallow, "--layers", 4, "--output", output)
     assert status == 2 and "--layers must be at most 2" in errors[-1]
 
@@ -443,7 +435,7 @@ def test_the_picture_shows_each_class_in_its_colour():
 
 def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
     monkeypatch.setattr(segment, "NEIGHBOURS", 3)
-    model = dinoreg.load(save_tiny(tmp_path / "model.safetensors"))
+    model = dinoreg.load(save_tiny(TINY, tmp_path / "model.safetensors"))
     model.transform = model.transform.at_size(39)
     photo, mask = scene(0)
     photo.save(tmp_path / "photo.png")
