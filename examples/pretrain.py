@@ -17,7 +17,6 @@ L: local crops of an image, K: prototypes, M: masked patches of a batch.
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import itertools
@@ -32,13 +31,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import common
 import dinoreg
+from training_parts import (
+    DINOHead,
+    all_reduce,
+    cosine,
+    dino_loss,
+    ibot_loss,
+    koleo_loss,
+    parameter_groups,
+    random_mask,
+    sinkhorn_knopp,
+    softmax_center,
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class Recipe:
     epoch_length: int = 1250  # steps; 0: as many as the folder has batches
     warmup_epochs: float = 80.0  # 10
     freeze_last_layer_epochs: float = 1.0
+    freeze_epochs: float = 1.0  # only heads are trained: of --model and --teacher, which come without
     base_lr: float = 2e-4  # times sqrt(batch_size / 1024); 4e-3
     min_lr: float = 1e-6
     betas: tuple = (0.9, 0.999)
@@ -111,119 +122,7 @@ PRESETS = {  # the architecture of a new model, and the recipe; the last two are
 }
 ARCHITECTURE = ("embed_dim", "depth", "num_heads", "ffn", "patch_size", "num_register_tokens")
 
-# Heads and losses ----------------------------------------------------------------------------------------------------
-
-
-class DINOHead(nn.Module):
-    """MLP, then cosines with K prototypes, times a learnt length of each: (..., in_dim) -> (..., out_dim = K).
-    The last layer has the parameters that nn.utils.weight_norm makes of a linear one, as in dinov2/layers/dino_head.py."""
-
-    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, nlayers: int = 3):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for widths in itertools.pairwise([in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]):
-            layers += [nn.Linear(*widths), nn.GELU()]
-        for linear in layers[::2]:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        self.mlp = nn.Sequential(*layers[:-1]) if nlayers > 1 else layers[0]
-        prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False).weight
-        self.last_layer = nn.ParameterDict(dict(weight_g=torch.ones(out_dim, 1), weight_v=prototypes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mlp(x)
-        x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
-        length, direction = self.last_layer["weight_g"], self.last_layer["weight_v"]
-        return F.linear(x, direction * (length / direction.norm(dim=1, keepdim=True)))
-
-
-def full_precision(x: Tensor) -> Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
-def all_reduce(x: Tensor) -> Tensor:
-    """x, which becomes its sum over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """The rows of all processes: (B, D) -> (processes * B, D), for a loss whose gradients are averaged over processes."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    x.register_hook(lambda gradient: gradient * len(parts))
-    parts[dist.get_rank()] = x
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Assignments (B, K), float32, by logits (B, K): those of a sample sum to 1, and all prototypes get the same in total,
-    over all processes. Official: DINOLoss.sinkhorn_knopp_teacher."""
-    Q = (logits.float() / temperature).exp()
-    samples, prototypes = all_reduce(torch.tensor(float(len(Q)), device=Q.device)), Q.shape[1]
-    Q /= all_reduce(Q.sum())
-    for _ in range(iterations):
-        Q /= all_reduce(Q.sum(dim=0)) * prototypes  # 1 / K in total for each prototype
-        Q /= Q.sum(dim=1, keepdim=True) * samples  # 1 / B for each sample
-    return Q * samples
-
-
-@torch.no_grad()
-def softmax_center(logits: Tensor, temperature: float, center: Tensor, momentum: float = 0.9) -> Tensor:
-    """Softmax of logits (B, K) less the centre (1, K), which then moves towards their mean, in place.
-    Official: DINOLoss.softmax_center_teacher and update_center."""
-    logits = full_precision(logits)
-    probs = ((logits - center) / temperature).softmax(dim=-1)
-    total, count = all_reduce(logits.sum(dim=0)), all_reduce(torch.tensor(len(logits), device=logits.device))
-    if count > 0:
-        center.copy_(center * momentum + total / count * (1 - momentum))
-    return probs
-
-
-def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
-    """Cross-entropy of student crops (S, B, K) with teacher crops (T, B, K): summed over S * T pairs, averaged over B.
-    Official: DINOLoss.forward."""
-    log_probs = F.log_softmax(full_precision(student_logits) / student_temp, dim=-1)
-    return -(teacher_probs.sum(dim=0) * log_probs).sum(dim=-1).mean(dim=-1).sum()
-
-
-def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, student_temp: float = 0.1) -> Tensor:
-    """Cross-entropy of masked patches (M, K), those where masks (B, h * w) is True: averaged over each image's, then over B.
-    Official: iBOTPatchLoss.forward_masked."""
-    log_probs = F.log_softmax(full_precision(student_logits) / student_temp, dim=-1)
-    weights = (1 / masks.sum(dim=1).clamp(min=1))[:, None].expand_as(masks)[masks]
-    return -((teacher_probs * log_probs).sum(dim=-1) * weights).sum() / len(masks)
-
-
-def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """Minus the mean log distance of features (B, D) to their nearest neighbours on the unit sphere. Official: KoLeoLoss."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(full_precision(x), dim=-1, eps=eps)
-        nearest = (x.detach() @ x.detach().mT).fill_diagonal_(-1).argmax(dim=1)
-        return -(F.pairwise_distance(x, x[nearest], eps=eps) + eps).log().mean()
-
-
-# Crops and masks -----------------------------------------------------------------------------------------------------
-
-
-def random_mask(h: int, w: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """A mask (h, w), bool, of at most `count` patches, in rectangles of random size, shape and place.
-    Official: dinov2/data/masking.py, with the largest rectangle that dinov2/train/train.py gives it."""
-    mask, tries = torch.zeros(h, w, dtype=torch.bool), 0
-    while (room := min(count - int(mask.sum()), h // 2 * w)) > 0 and tries < 10:
-        area, shape, y, x = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        area, ratio = 4 + (room - 4) * area, 0.3 ** (1 - 2 * shape)  # 0.3 to 1 / 0.3
-        height, width, tries = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio)), tries + 1
-        if height < h and width < w:
-            top, left = int(y * (h - height + 1)), int(x * (w - width + 1))
-            part = mask[top : top + height, left : left + width]
-            if 0 < int((~part).sum()) <= room:
-                part[:], tries = True, 0
-    return mask
+# Crops ---------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4)
@@ -256,16 +155,15 @@ class Crops(torch.utils.data.Dataset):
         self.crops = [stack for stack in ([first, second], [local] * recipe.local_crops) if stack]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor, str]:
-        (batch, place), n, seed = key, len(self.paths), self.recipe.seed
-        epoch, start = divmod(batch * self.batch_size + place, n)
-        image, failed = Image.new("RGB", (1, 1)), ""
-        for i in range(start, start + n):
-            path = self.paths[permutation(n, seed, 0, epoch)[i % n]]
+        (batch, place), seed, image, failed = key, self.recipe.seed, Image.new("RGB", (1, 1)), ""
+        epoch, start = divmod(batch * self.batch_size + place, len(self.paths))
+        order = permutation(len(self.paths), seed, 0, epoch)
+        for i in itertools.chain(order[start:], order[:start]):
             try:
-                image = dinoreg.to_rgb(dinoreg.open_image(path))
+                image = dinoreg.to_rgb(dinoreg.open_image(self.paths[i]))
                 break
             except Exception as error:  # PIL's decoders raise many types for broken files
-                failed += f"{path}: {str(error).splitlines()[0] if str(error) else repr(error)}\n"
+                failed += f"{self.paths[i]}: {common.reason(error)}\n"
         torch.default_generator.manual_seed(hash((seed, 1, batch, place)))
         crops = [torch.stack([crop(image) for crop in stack]) for stack in self.crops]
         return crops, torch.stack([self.mask(batch, place), self.mask(batch, place + self.batch_size)]), failed
@@ -329,7 +227,7 @@ def compute_losses(student, teacher, crops, masks, recipe: Recipe, temperature: 
     if L:
         terms["dino_local"] = 1 / pairs * dino_loss(local_logits[0].unflatten(0, (L, -1)), targets, temp)
     terms["ibot"] = ibot_loss(patch_logits, patch_targets, masks, temp)
-    terms["koleo"] = sum(koleo_loss(all_gather(part)) for part in cls.chunk(2))  # not between crops of the same image
+    terms["koleo"] = sum(map(koleo_loss, cls.chunk(2)))  # not between crops of the same image
     weights = dict(ibot=recipe.ibot_weight, koleo=recipe.koleo_weight)
     loss = sum(weights.get(name, recipe.dino_weight) * term for name, term in terms.items())
 
@@ -340,52 +238,26 @@ def compute_losses(student, teacher, crops, masks, recipe: Recipe, temperature: 
 
 def train_step(student, teacher, ema, optimizer, parts, recipe: Recipe, now: dict, distil=False) -> dict[str, Tensor]:
     """The terms of the loss in a step on the parts of a batch, each (crops, masks), with the values of `schedule`."""
-    network = getattr(student, "module", student)  # within DistributedDataParallel
     for group in optimizer.param_groups:
-        lr = now["last_layer_lr"] if group["is_last_layer"] else now["backbone_lr"] if group["is_backbone"] else now["lr"]
-        group["lr"], group["weight_decay"] = lr * group["lr_multiplier"], now["weight_decay"] * group["wd_multiplier"]
-
+        group["lr"] = now[group["schedule"]] * group["lr_multiplier"]
+        group["weight_decay"] = now["weight_decay"] * group["wd_multiplier"]
     optimizer.zero_grad(set_to_none=True)
-    sums: dict = {}
+    total: dict = {}
     for i, (crops, masks) in enumerate(parts, 1):
-        with contextlib.nullcontext() if network is student or i == len(parts) else student.no_sync():
-            terms = compute_losses(student, teacher, crops, masks, recipe, now["teacher_temp"], distil)
-            (terms["loss"] / len(parts)).backward()
-        sums = {name: sums.get(name, 0) + term.detach() / len(parts) for name, term in terms.items()}
+        student.require_backward_grad_sync = i == len(parts)  # of DistributedDataParallel
+        terms = compute_losses(student, teacher, crops, masks, recipe, now["teacher_temp"], distil)
+        (terms["loss"] / len(parts)).backward()
+        total = {name: total.get(name, 0) + term.detach() / len(parts) for name, term in terms.items()}
+    network = getattr(student, "module", student)
     norms = [nn.utils.clip_grad_norm_(part.parameters(), recipe.clip_grad) for part in network.children()]
     optimizer.step()
     with torch.no_grad():
         for average, parameter in zip(ema.parameters(), network.parameters()):
             average.lerp_(parameter, 1 - now["momentum"])
-    return dict(**sums, gradient=torch.stack(norms).norm())
+    return dict(**total, gradient=torch.stack(norms).norm())
 
 
-def parameter_groups(network: Network, recipe: Recipe) -> list[dict]:
-    """Groups for AdamW, with factors of the learning rate and the weight decay. Official: dinov2/utils/param_groups.py."""
-    groups, last = {}, len(network.backbone.blocks) + 1
-    for name, parameter in network.named_parameters():
-        part, _, name = name.partition(".")
-        layer = last if part != "backbone" or name.startswith("norm") else 0
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
-        lr_multiplier = recipe.layerwise_decay ** (last - layer)
-        lr_multiplier *= recipe.patch_embed_lr_mult if name.startswith("patch_embed") else 1.0
-        no_decay = name.endswith(".bias") or "norm" in name or "gamma" in name
-        key = dict(lr_multiplier=lr_multiplier, wd_multiplier=0.0 if no_decay else 1.0)
-        key |= dict(is_backbone=part == "backbone", is_last_layer="last_layer" in name)
-        groups.setdefault(tuple(key.values()), dict(params=[], **key))["params"].append(parameter)
-    return list(groups.values())
-
-
-def cosine(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
-    """A value that rises from start to base, then falls to final along a cosine. Official: CosineScheduler."""
-    if step >= total:
-        return final
-    if step < warmup:
-        return start + (base - start) * step / max(warmup - 1, 1)
-    return final + (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-
-
-def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float = 0.0) -> dict[str, float]:
+def schedule(recipe: Recipe, step: int, epoch_length: int) -> dict[str, float]:
     """The values that change from step to step. Official: dinov2/train/train.py, build_schedulers."""
     epochs = recipe.epochs, recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs
     total, warmup, temp_warmup = (int(number * epoch_length) for number in epochs)
@@ -394,7 +266,7 @@ def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float 
     return dict(
         lr=lr,
         last_layer_lr=lr if step >= int(recipe.freeze_last_layer_epochs * epoch_length) else 0.0,
-        backbone_lr=lr if step >= int(freeze_epochs * epoch_length) else 0.0,
+        backbone_lr=lr if step >= int(recipe.freeze_epochs * epoch_length) else 0.0,
         weight_decay=cosine(step, recipe.weight_decay, recipe.weight_decay_end, total),
         momentum=cosine(step, recipe.momentum_teacher, recipe.final_momentum_teacher, total),
         teacher_temp=cosine(step, temp, temp, temp_warmup, temp_warmup, recipe.warmup_teacher_temp),
@@ -404,47 +276,25 @@ def schedule(recipe: Recipe, step: int, epoch_length: int, freeze_epochs: float 
 # A run ---------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def knn_accuracy(function, transform, train: list[Path], queries: list[Path], device) -> float:
-    """The share of queries whose class, the name of their folder, is the vote of the 20 images of the nearest features,
-    which function computes from images (B, 3, H, W). Images that cannot be read are left out."""
-    classes = sorted({path.parent.name for path in train})
-
-    def features(paths: list[Path]) -> tuple[Tensor, list[str]]:
-        results = zip(paths, common.apply(function, paths, transform, device))
-        rows, names = zip(*((x.float(), path.parent.name) for path, x in results if isinstance(x, Tensor)))
-        return torch.stack(rows), names
-
-    (x, names), (y, truth) = features(train), features(queries)
-    labels = F.one_hot(torch.tensor([classes.index(name) for name in names]), len(classes)).float()
-    votes = common.vote(x, labels, y, k=20).argmax(dim=1).tolist()
-    return float(np.mean([classes[vote] == name for vote, name in zip(votes, truth)]))
-
-
-def write_log(history: list[dict], folder: Path, recipe: Recipe) -> None:
-    """Write log.csv and curves.png, and print the last row, with a warning after a collapse."""
+def write_log(history: list[dict], folder: Path) -> None:
+    """Write log.csv and curves.png, and print the last row."""
     from matplotlib.figure import Figure
 
     lines = [",".join(map(str, line)) for line in (history[0], *(row.values() for row in history))]
     with dinoreg.atomic(folder / "log.csv") as part:
         part.write_text("\n".join(lines) + "\n")
-    figure, epochs = Figure(figsize=(15, 8)), [row["epoch"] for row in history]
-    panels = ("loss dino_global dino_local ibot", "koleo", "entropy information", "gradient", "lr", "knn")
-    for axes, names in zip(figure.subplots(2, 3).flat, panels):
-        for name in names.split():
-            axes.plot(epochs, [row.get(name, math.nan) for row in history], label=name)
-        axes.legend()
+    figure, epochs = Figure(figsize=(16, 9), layout="constrained"), [row["epoch"] for row in history]
+    for axes, name in zip(figure.subplots(4, 5).flat, history[0]):
+        axes.plot(epochs, [row[name] for row in history])
+        axes.set_title(name)
     with dinoreg.atomic(folder / "curves.png") as part:
         figure.savefig(part)
-    row, hidden = history[-1], ("step", "last_layer_lr", "backbone_lr", "weight_decay", "momentum", "teacher_temp")
-    print(", ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in hidden), flush=True)
-    if row["information"] < 0.01 * row["entropy"] and row["epoch"] > recipe.warmup_epochs:
-        print("pretrain: collapsed? The teacher assigns all images alike", file=sys.stderr, flush=True)
+    print(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
 
 
-def train(student: Network, teacher: Network | None, paths, recipe: Recipe, folder, args, freeze_epochs=0.0) -> Network:
+def train(student: Network, teacher: Network | None, paths, recipe: Recipe, folder: Path, args) -> Network:
     """Train a student, and return its moving average, which is also its teacher unless another, frozen one is given.
-    The files of the run are in folder. The backbone does not change during the first freeze_epochs."""
+    The files of the run are in folder."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, transform, distil = torch.device(args.device), student.backbone.transform, teacher is not None
     epoch_length = recipe.epoch_length or len(paths) // recipe.batch_size
@@ -455,18 +305,11 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
     student.backbone.mask_token.requires_grad_(not distil)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     teacher = teacher.to(device).eval().requires_grad_(False) if distil else ema
-    teacher.dino_center, teacher.ibot_center = ema.dino_center, ema.ibot_center  # saved with ema
-    optimizer = torch.optim.AdamW(parameter_groups(student, recipe), betas=recipe.betas)
-    saved = dict(student=student, ema=ema, optimizer=optimizer)
+    groups = parameter_groups(student, recipe.layerwise_decay, recipe.patch_embed_lr_mult)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.betas)
+    saved = dict(student=student, ema=ema, teacher=teacher, optimizer=optimizer)
     start, history, rows = 0, [], []
-    settings = f"{recipe} {student.backbone.config} {len(paths)} {args.model} {args.teacher} {freeze_epochs}"
-
-    def save(step: int) -> None:
-        state = {name: part.state_dict() for name, part in saved.items()}
-        with dinoreg.atomic(folder / "checkpoint.pth") as part:
-            torch.save(dict(**state, step=step, history=history, rows=rows, settings=settings), part)
-        dinoreg.save(ema.backbone, folder / "teacher.safetensors")
-
+    settings = f"{recipe} {student.backbone.config} {len(paths)} {args.model} {args.teacher}"
     if (folder / "checkpoint.pth").exists():
         state = torch.load(folder / "checkpoint.pth", map_location=device, weights_only=True)
         if state["settings"] != settings:
@@ -476,10 +319,10 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
         start, history, rows = state["step"], state["history"], state["rows"]
 
     sample = paths[:: math.ceil(len(paths) / 10000)]
-    others, queries = [path for i, path in enumerate(sample) if i % 10], sample[::10]
-    others, queries = (sample, dinoreg.find_images([args.val])) if args.val else (others, queries)
-    accuracy = functools.partial(knn_accuracy, transform=transform, train=others, queries=queries, device=device)
-    has_classes = rank == 0 and len({path.parent for path in others}) > 1
+    queries = dinoreg.find_images([args.val]) if args.val else sample[::10]
+    others = sample if args.val else [path for i, path in enumerate(sample) if i % 10]
+    accuracy = functools.partial(common.knn_accuracy, transform=transform, device=device, train=others, queries=queries)
+    has_classes = rank == 0 and len({path.parent for path in sample}) > 1
     if has_classes and start == 0:
         print(f"k-NN on pixels {accuracy(nn.Flatten()):.4g}, before training {accuracy(ema.backbone.embed):.4g}", flush=True)
 
@@ -509,16 +352,14 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
         student.backbone.compile()
         teacher.backbone.compile()
     parallel = DistributedDataParallel(student, [device] if device.type == "cuda" else None) if world > 1 else student
-    random = torch.default_generator if device.type == "cpu" else torch
     for step in range(start + 1, steps + 1):
-        began, now = time.perf_counter(), schedule(recipe, step - 1, epoch_length, freeze_epochs)
+        began, now = time.perf_counter(), schedule(recipe, step - 1, epoch_length)
         parts = [read_part() for _ in range(recipe.accumulate)]
-        random.manual_seed(hash((recipe.seed, 3, step, rank)))  # of stochastic depth
+        torch.manual_seed(hash((recipe.seed, 3, step, rank)))  # of stochastic depth
         terms = train_step(parallel, teacher, ema, optimizer, parts, recipe, now, distil)
-        terms["stop"] = torch.tensor(float(len(stops)), device=device)
         values = all_reduce(torch.stack([*terms.values()])) / world
         rows.append(dict(zip(terms, values.tolist()), seconds=time.perf_counter() - began))
-        stop = rows[-1].pop("stop")
+        stop = all_reduce(torch.tensor(len(stops), device=device)) > 0  # in all processes at the same step
         if not math.isfinite(rows[-1]["loss"]):
             raise ValueError(f"the loss is not finite in step {step}; a lower --base-lr or --clip-grad may help")
         if log := step % every == 0 or step == steps:
@@ -529,9 +370,14 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
             row |= dict(knn=accuracy(ema.backbone.embed)) if has_classes else {}
             history, rows = [*history, row], []
         if rank == 0 and (log or stop):
-            save(step)
+            state = {name: part.state_dict() for name, part in saved.items()}
+            with dinoreg.atomic(folder / "checkpoint.pth") as part:
+                torch.save(dict(**state, step=step, history=history, rows=rows, settings=settings), part)
+            dinoreg.save(ema.backbone, folder / "teacher.safetensors")
         if rank == 0 and log:
-            write_log(history, folder, recipe)
+            write_log(history, folder)
+            if row["information"] < 0.01 * row["entropy"] and row["epoch"] > recipe.warmup_epochs:
+                print("pretrain: collapsed? The teacher assigns all images alike", file=sys.stderr, flush=True)
         if stop:
             raise KeyboardInterrupt
     return ema
@@ -539,16 +385,16 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
 
 def run(args: argparse.Namespace) -> int:
     config, recipe = PRESETS[args.preset]
-    config = dinoreg.CONFIGS.get(args.config, config)
-    for name, value in vars(args).items():  # constants that were given as options
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    for name, value in given.items():
         if isinstance(value, (int, float)) and value < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-        if name in ARCHITECTURE:
-            if args.model:
-                raise ValueError(f"--model has its own architecture: leave out --{name.replace('_', '-')}")
-            config = replace(config, **{name: value})
-        elif hasattr(recipe, name):
-            recipe = replace(recipe, **{name: tuple(value) if isinstance(value, list) else value})
+        if args.model and name in ARCHITECTURE:
+            raise ValueError(f"--model has its own architecture: leave out --{name.replace('_', '-')}")
+    recipe = replace(recipe, **{field.name: given[field.name] for field in fields(recipe) if field.name in given})
+    config = replace(
+        dinoreg.CONFIGS.get(args.config, config), **{name: given[name] for name in ARCHITECTURE if name in given}
+    )
     for folder in filter(None, (args.val, args.folder)):
         paths = dinoreg.find_images([folder])
         if paths == [folder]:
@@ -566,26 +412,25 @@ def run(args: argparse.Namespace) -> int:
     args.failed = set()
 
     torch.manual_seed(recipe.seed)
+    source = common.load_backbone(args.model) if args.model else None
+    config = replace(config, image_size=recipe.global_size, layerscale_init=recipe.layerscale_init)
     rates = dict(drop_path_rate=0.0 if args.teacher else recipe.drop_path_rate, drop_path_uniform=True)
-    trained = common.load_backbone(args.model) if args.model else None
-    size = dict(image_size=recipe.global_size, layerscale_init=recipe.layerscale_init)
-    backbone = dinoreg.DinoVisionTransformer(replace(trained.config if trained else replace(config, **size), **rates))
-    if trained:
-        backbone.load_state_dict(trained.state_dict())
-    backbone.transform = (trained or backbone).transform.at_size(recipe.global_size)
-
+    backbone = dinoreg.DinoVisionTransformer(replace(source.config if source else config, **rates))
+    if source:
+        backbone.load_state_dict(source.state_dict())
+    backbone.transform = (source or backbone).transform.at_size(recipe.global_size)
     teacher = None
-    if args.teacher:  # the official weights have no heads, which are trained first
+    if args.teacher:
         frozen = common.load_backbone(args.teacher)
         frozen.transform = backbone.transform
         if frozen.patch_size != backbone.patch_size:
             raise ValueError(f"--teacher has patches of {frozen.patch_size} pixels, the student of {backbone.patch_size}")
-        heads = replace(
-            recipe, epochs=args.freeze_epochs, warmup_epochs=args.freeze_epochs / 10, freeze_last_layer_epochs=0.0
-        )
+        epochs = recipe.freeze_epochs
+        heads = replace(recipe, epochs=epochs, warmup_epochs=epochs / 10, freeze_last_layer_epochs=0.0)
         (args.output / "heads").mkdir(exist_ok=True)
-        teacher = train(Network(frozen, recipe), None, paths, heads, args.output / "heads", args, args.freeze_epochs)
-    train(Network(backbone, recipe), teacher, paths, recipe, args.output, args, args.freeze_epochs if trained else 0.0)
+        teacher = train(Network(frozen, recipe), None, paths, heads, args.output / "heads", args)
+    recipe = recipe if source else replace(recipe, freeze_epochs=0.0)
+    train(Network(backbone, recipe), teacher, paths, recipe, args.output, args)
     return 1 if args.failed else 0
 
 
@@ -599,7 +444,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--config", choices=dinoreg.CONFIGS, help="architecture of a new model (default: that of the preset)")
     add("--model", help="an official model or a file to continue from")
     add("--teacher", help="an official model or a file to distil from; it does not change")
-    add("--freeze-epochs", type=float, default=1.0, help="of --model and --teacher: only heads are trained (default: 1)")
     add("--val", type=Path, metavar="FOLDER", help="images for the k-NN accuracy (default: a tenth of those of training)")
     add("--every", type=int, metavar="STEPS", help="between checkpoints and lines of the log (default: an epoch)")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes that read images (default: %(default)s)")
@@ -607,8 +451,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--compile", action="store_true", help="compile the backbones")
     common.add_device(parser)
     constants = parser.add_argument_group("constants (default: those of the preset; here the official ones)")
-    values = {field.name: field.default for field in fields(Recipe)}
-    for name, value in {**values, **{name: getattr(PRESETS["official"][0], name) for name in ARCHITECTURE}}.items():
+    official = vars(Recipe()) | {name: getattr(PRESETS["official"][0], name) for name in ARCHITECTURE}
+    for name, value in official.items():
         kind = dict(type=float, nargs=len(value)) if isinstance(value, tuple) else dict(type=type(value))
         kind |= dict(choices=("sinkhorn_knopp", "centering")) if name == "centering" else dict(metavar="X")
         constants.add_argument(f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS, help=str(value))

@@ -153,7 +153,7 @@ def test_schedules():
     assert close([pretrain.cosine(step, 2.0, 0.5, 10, 4, 1.0) for step in range(12)], official)
     assert close([pretrain.cosine(step, 0.07, 0.07, 3, 3, 0.04) for step in range(5)], [0.04, 0.055, 0.07, 0.07, 0.07])
     recipe = pretrain.Recipe(batch_size=256, epochs=4, warmup_epochs=1, freeze_last_layer_epochs=1, base_lr=1.0, min_lr=0.0)
-    now = [pretrain.schedule(recipe, step, epoch_length=2, freeze_epochs=2) for step in range(8)]
+    now = [pretrain.schedule(dataclasses.replace(recipe, freeze_epochs=2), step, epoch_length=2) for step in range(8)]
     assert [row["lr"] for row in now][:3] == [0, 0.5, 0.5]
     assert [row["last_layer_lr"] > 0 for row in now] == [False] * 2 + [True] * 6
     assert [row["backbone_lr"] > 0 for row in now] == [False] * 4 + [True] * 4
@@ -167,9 +167,9 @@ def tiny_network(**constants) -> tuple[pretrain.Network, pretrain.Recipe]:
 
 
 def test_parameter_groups():
-    network, recipe = tiny_network()
+    network, _ = tiny_network()
     names = {parameter: name for name, parameter in network.named_parameters()}
-    groups = {names[p]: group for group in pretrain.parameter_groups(network, recipe) for p in group["params"]}
+    groups = {names[p]: group for group in pretrain.parameter_groups(network, 0.9, 0.2) for p in group["params"]}
     assert len(groups) == len(names)
     official = {
         "backbone.cls_token": (0.729, 1, False),
@@ -190,7 +190,8 @@ def test_parameter_groups():
     }
     for name, (lr_multiplier, wd_multiplier, is_last_layer) in official.items():
         assert groups[name]["lr_multiplier"] == pytest.approx(lr_multiplier), name
-        assert (groups[name]["wd_multiplier"], groups[name]["is_last_layer"]) == (wd_multiplier, is_last_layer), name
+        assert groups[name]["wd_multiplier"] == wd_multiplier, name
+        assert (groups[name]["schedule"] == "last_layer_lr") == is_last_layer, name
 
 
 NOW = dict(lr=0.01, backbone_lr=0.01, last_layer_lr=0.001, weight_decay=0.1, momentum=0.9, teacher_temp=0.3)
@@ -209,7 +210,8 @@ def take_step(networks, optimizer, recipe, step, masked=True, copies=1):
 def make_networks(**constants):
     student, recipe = tiny_network(**constants)
     teacher = fill(tiny_network(**constants)[0], 300).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(fill(student, 100).train(), recipe), betas=recipe.betas)
+    groups = pretrain.parameter_groups(fill(student, 100).train(), recipe.layerwise_decay, recipe.patch_embed_lr_mult)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.betas)
     return (student, teacher), optimizer, recipe
 
 
@@ -329,7 +331,7 @@ def test_a_run_from_scratch(run, folder, tmp_path):
 def test_curves(tmp_path):
     terms = dict(step=3, loss=2.0, koleo=1.0, entropy=0.5, information=1e-6, gradient=1.0, lr=1e-3)
     history = [dict(epoch=epoch, **terms) for epoch in (1, 2)]
-    pretrain.write_log(history, tmp_path, pretrain.Recipe())
+    pretrain.write_log(history, tmp_path)
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1000 and len(image.getcolors(10**6)) > 10
     assert [row["epoch"] for row in curve(tmp_path)] == [1, 2]

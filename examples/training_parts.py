@@ -1,0 +1,142 @@
+"""The parts of DINOv2's training, for loops of one's own: head, assignments, losses, masks, parameter groups, schedule.
+
+Each computes what its official counterpart does (facebookresearch/dinov2), and several processes compute what one would.
+Features (B, D) of images are assigned to K prototypes; M patches of a batch are masked.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DINOHead(nn.Module):
+    """MLP, then cosines with K prototypes, times a learnt length of each: (..., in_dim) -> (..., out_dim = K).
+    The last layer has the parameters of the official nn.utils.weight_norm. Official: dinov2/layers/dino_head.py."""
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, nlayers: int = 3):
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+        linears = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        layers = [layer for linear in linears for layer in (linear, nn.GELU())][:-1]
+        self.mlp = nn.Sequential(*layers) if nlayers > 1 else linears[0]
+        prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False).weight
+        self.last_layer = nn.ParameterDict(dict(weight_g=torch.ones(out_dim, 1), weight_v=prototypes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)
+        x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        length, direction = self.last_layer["weight_g"], self.last_layer["weight_v"]
+        return F.linear(x, direction * (length / direction.norm(dim=1, keepdim=True)))
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """x, which becomes its sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """The rows (B, D) of all processes, one below the other, with gradients."""
+    return torch.cat(torch.distributed.nn.functional.all_gather(x)) if dist.is_initialized() else x
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Assignments (B, K), float32, by logits (B, K): those of a sample sum to 1, and all prototypes get the same in total,
+    over all processes. Official: DINOLoss.sinkhorn_knopp_teacher."""
+    Q = (logits.float() / temperature).exp()
+    samples, prototypes = all_reduce(torch.tensor(float(len(Q)), device=Q.device)), Q.shape[1]
+    Q /= all_reduce(Q.sum())
+    for _ in range(iterations):
+        Q /= all_reduce(Q.sum(dim=0)) * prototypes  # 1 / K in total for each prototype
+        Q /= Q.sum(dim=1, keepdim=True) * samples  # 1 / B for each sample
+    return Q * samples
+
+
+@torch.no_grad()
+def softmax_center(logits: Tensor, temperature: float, center: Tensor, momentum: float = 0.9) -> Tensor:
+    """Softmax of logits (B, K) less the centre (1, K), float32. The centre then moves towards their mean, in place.
+    Official: DINOLoss.softmax_center_teacher and update_center."""
+    logits = logits.float()
+    probs = ((logits - center) / temperature).softmax(dim=-1)
+    total, count = all_reduce(logits.sum(dim=0)), all_reduce(torch.tensor(float(len(logits)), device=logits.device))
+    if count > 0:
+        center.lerp_((total / count)[None], 1 - momentum)
+    return probs
+
+
+def cross_entropy(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
+    """Of each row: (..., K), (..., K) -> (...), float32."""
+    return -(teacher_probs * (student_logits.float() / student_temp).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
+    """Cross-entropy of student crops (S, B, K) with teacher crops (T, B, K): summed over S * T pairs, averaged over B.
+    Official: DINOLoss.forward."""
+    return cross_entropy(student_logits, teacher_probs.sum(dim=0), student_temp).mean(dim=1).sum()
+
+
+def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, student_temp: float = 0.1) -> Tensor:
+    """Cross-entropy of masked patches (M, K), those where masks (B, h * w) is True: averaged over each image's, then over B.
+    Official: iBOTPatchLoss.forward_masked."""
+    weights = (1 / masks.sum(dim=1).clamp(min=1))[:, None].expand_as(masks)[masks]
+    return (cross_entropy(student_logits, teacher_probs, student_temp) * weights).sum() / len(masks)
+
+
+def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """Minus the mean log distance of features (B, D) to their nearest neighbours on the unit sphere, over all processes.
+    Official: KoLeoLoss."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = all_gather(F.normalize(x.float(), dim=-1, eps=eps))
+        nearest = (x.detach() @ x.detach().mT).fill_diagonal_(-1).argmax(dim=1)
+        return -(F.pairwise_distance(x, x[nearest], eps=eps) + eps).log().mean()
+
+
+def random_mask(h: int, w: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """A mask (h, w), bool, of at most `count` patches, in rectangles of random size, shape and place.
+    Official: dinov2/data/masking.py, with the largest rectangle that dinov2/train/train.py gives it."""
+    mask, tries = torch.zeros(h, w, dtype=torch.bool), 0
+    while (room := min(count - int(mask.sum()), h // 2 * w)) > 0 and tries < 10:
+        area, shape, y, x = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        area, ratio = 4 + (room - 4) * area, 0.3 ** (1 - 2 * shape)  # 0.3 to 1 / 0.3
+        height, width, tries = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio)), tries + 1
+        if height < h and width < w:
+            top, left = int(y * (h - height + 1)), int(x * (w - width + 1))
+            part = mask[top : top + height, left : left + width]
+            if 0 < int((~part).sum()) <= room:
+                part[:], tries = True, 0
+    return mask
+
+
+def parameter_groups(network: nn.Module, layerwise_decay: float, patch_embed_lr_mult: float) -> list[dict]:
+    """Groups of the parameters of network.backbone and its heads for AdamW, each with factors of the learning rate and the
+    weight decay, and the name of its learning rate's schedule. Official: dinov2/utils/param_groups.py."""
+    groups, last = {}, len(network.backbone.blocks) + 1
+    for name, parameter in network.named_parameters():
+        part, _, name = name.partition(".")
+        layer = last if part != "backbone" or name.startswith("norm") else 0
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
+        lr_multiplier = layerwise_decay ** (last - layer)
+        lr_multiplier *= patch_embed_lr_mult if name.startswith("patch_embed") else 1.0
+        wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
+        lr = "last_layer_lr" if "last_layer" in name else "backbone_lr" if part == "backbone" else "lr"
+        group = dict(lr_multiplier=lr_multiplier, wd_multiplier=wd_multiplier, schedule=lr)
+        groups.setdefault(tuple(group.values()), dict(params=[], **group))["params"].append(parameter)
+    return list(groups.values())
+
+
+def cosine(step: int, base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> float:
+    """A value that rises from start to base, then falls to final along a cosine. Official: CosineScheduler."""
+    if step >= total:
+        return final
+    if step < warmup:
+        return start + (base - start) * step / max(warmup - 1, 1)
+    return final + (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
