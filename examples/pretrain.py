@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +33,19 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import dinoreg
 from training_parts import (
     DINOHead,
     all_reduce,
-    cosine,
     dino_loss,
     ibot_loss,
+    init_unit_variance,
     koleo_loss,
     parameter_groups,
     random_mask,
+    schedule,
     sinkhorn_knopp,
     softmax_center,
 )
@@ -63,6 +63,7 @@ class Recipe:
     local_size: int = 98  # 96
     local_scale: tuple = (0.05, 0.32)
     flip: float = 0.5
+    rotate: float = 0.0  # degrees, by up to which crops are rotated and sheared: for images without an upright
     jitter: float = 0.8  # by up to 0.4, 0.4, 0.2, 0.1 in brightness, contrast, saturation, hue
     grey: float = 0.2
     blur: tuple = (0.0, 0.9, 0.5)  # of both global crops and the local ones; official files say 1, 0.1, 0.5, but invert it
@@ -106,23 +107,26 @@ class Recipe:
     # A new backbone; the rest of it is in dinoreg.Config
     drop_path_rate: float = 0.4  # 0.3
     layerscale_init: float = 1e-5
+    init: str = "official"  # "unit": larger weights, without which narrow models learn slowly (init_unit_variance)
     seed: int = 0
 
 
 ONE_GPU = Recipe(prototypes=16384, bottleneck_dim=256, ibot_prototypes=16384, batch_size=128, epochs=100.0, epoch_length=0)
 ONE_GPU = replace(ONE_GPU, warmup_epochs=10.0, base_lr=2e-3, momentum_teacher=0.992, drop_path_rate=0.1)
-# A short run: a sharp teacher that follows fast, and branches that count from the start.
-SHORT = dict(teacher_temp=0.02, warmup_teacher_temp=0.02, momentum_teacher=0.97, base_lr=6e-3, layerscale_init=1.0)
-HEADS = dict(prototypes=1024, ibot_prototypes=1024, hidden_dim=512, bottleneck_dim=128, ibot_bottleneck_dim=128)
+# Few steps: a sharp teacher that follows fast, branches that count from the start, no tenth of the run for warming up.
+SHORT = dict(
+    teacher_temp=0.02, warmup_teacher_temp=0.02, momentum_teacher=0.97, base_lr=6e-3, layerscale_init=1.0, init="unit"
+)
+SHORT |= dict(warmup_epochs=2.0, patch_embed_lr_mult=1.0, weight_decay_end=0.1, koleo_weight=0.2, drop_path_rate=0.0)
+HEADS = dict(prototypes=128, ibot_prototypes=128, hidden_dim=256, bottleneck_dim=64, ibot_bottleneck_dim=64)
 LAPTOP = replace(ONE_GPU, **SHORT, **HEADS, global_size=112, local_size=56, local_crops=4, batch_size=64)
 PRESETS = {  # the architecture of a new model, and the recipe; the last two are starting points
     "official": (dinoreg.CONFIGS["vitl14_reg"], Recipe()),
     "gpu": (dinoreg.CONFIGS["vits14_reg"], ONE_GPU),
     "laptop": (dinoreg.Config(embed_dim=192, depth=6, num_heads=3), LAPTOP),
 }
+CHOICES = dict(centering=("sinkhorn_knopp", "centering"), init=("official", "unit"))
 ARCHITECTURE = ("embed_dim", "depth", "num_heads", "ffn", "patch_size", "num_register_tokens")
-
-# Crops ---------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4)
@@ -139,8 +143,10 @@ class Crops(torch.utils.data.Dataset):
         from torchvision.transforms import v2
 
         def crop(size: int, scale: tuple, blur: float, solarize: float = 0.0) -> v2.Transform:
+            bicubic = v2.InterpolationMode.BICUBIC
             transforms = (
-                (1.0, v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC)),
+                (float(recipe.rotate > 0), v2.RandomAffine(recipe.rotate, shear=recipe.rotate, interpolation=bicubic)),
+                (1.0, v2.RandomResizedCrop(size, scale, interpolation=bicubic)),
                 (recipe.flip, v2.RandomHorizontalFlip(1.0)),
                 (recipe.jitter, v2.ColorJitter(0.4, 0.4, 0.2, 0.1)),
                 (recipe.grey, v2.RandomGrayscale(1.0)),
@@ -228,8 +234,8 @@ def compute_losses(student, teacher, crops, masks, recipe: Recipe, temperature: 
         terms["dino_local"] = 1 / pairs * dino_loss(local_logits[0].unflatten(0, (L, -1)), targets, temp)
     terms["ibot"] = ibot_loss(patch_logits, patch_targets, masks, temp)
     terms["koleo"] = sum(map(koleo_loss, cls.chunk(2)))  # not between crops of the same image
-    weights = dict(ibot=recipe.ibot_weight, koleo=recipe.koleo_weight)
-    loss = sum(weights.get(name, recipe.dino_weight) * term for name, term in terms.items())
+    dino = terms["dino_global"] + terms.get("dino_local", 0)
+    loss = recipe.dino_weight * dino + recipe.ibot_weight * terms["ibot"] + recipe.koleo_weight * terms["koleo"]
 
     mean = all_reduce(targets.sum(dim=(0, 1)))
     entropy = torch.special.entr(targets).sum(dim=-1).mean()
@@ -257,22 +263,6 @@ def train_step(student, teacher, ema, optimizer, parts, recipe: Recipe, now: dic
     return dict(**total, gradient=torch.stack(norms).norm())
 
 
-def schedule(recipe: Recipe, step: int, epoch_length: int) -> dict[str, float]:
-    """The values that change from step to step. Official: dinov2/train/train.py, build_schedulers."""
-    epochs = recipe.epochs, recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs
-    total, warmup, temp_warmup = (int(number * epoch_length) for number in epochs)
-    lr = cosine(step, recipe.base_lr * math.sqrt(recipe.batch_size / 1024), recipe.min_lr, total, warmup)
-    temp = recipe.teacher_temp
-    return dict(
-        lr=lr,
-        last_layer_lr=lr if step >= int(recipe.freeze_last_layer_epochs * epoch_length) else 0.0,
-        backbone_lr=lr if step >= int(recipe.freeze_epochs * epoch_length) else 0.0,
-        weight_decay=cosine(step, recipe.weight_decay, recipe.weight_decay_end, total),
-        momentum=cosine(step, recipe.momentum_teacher, recipe.final_momentum_teacher, total),
-        teacher_temp=cosine(step, temp, temp, temp_warmup, temp_warmup, recipe.warmup_teacher_temp),
-    )
-
-
 # A run ---------------------------------------------------------------------------------------------------------------
 
 
@@ -283,9 +273,9 @@ def write_log(history: list[dict], folder: Path) -> None:
     lines = [",".join(map(str, line)) for line in (history[0], *(row.values() for row in history))]
     with dinoreg.atomic(folder / "log.csv") as part:
         part.write_text("\n".join(lines) + "\n")
-    figure, epochs = Figure(figsize=(16, 9), layout="constrained"), [row["epoch"] for row in history]
+    figure = Figure(figsize=(16, 9), layout="constrained")
     for axes, name in zip(figure.subplots(4, 5).flat, history[0]):
-        axes.plot(epochs, [row[name] for row in history])
+        axes.plot([row["epoch"] for row in history], [row[name] for row in history])
         axes.set_title(name)
     with dinoreg.atomic(folder / "curves.png") as part:
         figure.savefig(part)
@@ -299,7 +289,6 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
     device, transform, distil = torch.device(args.device), student.backbone.transform, teacher is not None
     epoch_length = recipe.epoch_length or len(paths) // recipe.batch_size
     steps, every = int(recipe.epochs * epoch_length), args.every or epoch_length
-
     student = student.to(device).train()
     student.backbone.grad_checkpointing = args.checkpointing
     student.backbone.mask_token.requires_grad_(not distil)
@@ -348,24 +337,23 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
         *crops, masks = (x.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1) for x in (*crops, masks))
         return [dinoreg.normalize(x, transform) for x in crops], masks
 
-    if args.compile:
-        student.backbone.compile()
-        teacher.backbone.compile()
-    parallel = DistributedDataParallel(student, [device] if device.type == "cuda" else None) if world > 1 else student
+    for network in (student, teacher) if args.compile else ():
+        network.backbone.compile()
+    parallel = nn.parallel.DistributedDataParallel(student) if world > 1 else student
     for step in range(start + 1, steps + 1):
         began, now = time.perf_counter(), schedule(recipe, step - 1, epoch_length)
-        parts = [read_part() for _ in range(recipe.accumulate)]
+        parts, waited = [read_part() for _ in range(recipe.accumulate)], time.perf_counter() - began
         torch.manual_seed(hash((recipe.seed, 3, step, rank)))  # of stochastic depth
         terms = train_step(parallel, teacher, ema, optimizer, parts, recipe, now, distil)
         values = all_reduce(torch.stack([*terms.values()])) / world
-        rows.append(dict(zip(terms, values.tolist()), seconds=time.perf_counter() - began))
+        rows.append(dict(zip(terms, values.tolist()), waited=waited, seconds=time.perf_counter() - began))
         stop = all_reduce(torch.tensor(len(stops), device=device)) > 0  # in all processes at the same step
         if not math.isfinite(rows[-1]["loss"]):
             raise ValueError(f"the loss is not finite in step {step}; a lower --base-lr or --clip-grad may help")
         if log := step % every == 0 or step == steps:
             row = dict(epoch=step / epoch_length, step=step, **now)
             row |= {name: float(np.mean([one[name] for one in rows])) for name in rows[0]}
-            row["images_per_s"] = recipe.batch_size / row.pop("seconds")
+            row["images_per_s"] = recipe.batch_size / row["seconds"]
             row |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9) if device.type == "cuda" else {}
             row |= dict(knn=accuracy(ema.backbone.embed)) if has_classes else {}
             history, rows = [*history, row], []
@@ -384,17 +372,16 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
 
 
 def run(args: argparse.Namespace) -> int:
-    config, recipe = PRESETS[args.preset]
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
-    for name, value in given.items():
+    for name, value in vars(args).items():
         if isinstance(value, (int, float)) and value < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
         if args.model and name in ARCHITECTURE:
             raise ValueError(f"--model has its own architecture: leave out --{name.replace('_', '-')}")
-    recipe = replace(recipe, **{field.name: given[field.name] for field in fields(recipe) if field.name in given})
-    config = replace(
-        dinoreg.CONFIGS.get(args.config, config), **{name: given[name] for name in ARCHITECTURE if name in given}
-    )
+    config, recipe = PRESETS[args.preset]
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    recipe = replace(recipe, **{name: given[name] for name in vars(recipe) if name in given})
+    architecture = {name: given[name] for name in ARCHITECTURE if name in given} | dict(image_size=recipe.global_size)
+    config = replace(dinoreg.CONFIGS.get(args.config, config), **architecture, layerscale_init=recipe.layerscale_init)
     for folder in filter(None, (args.val, args.folder)):
         paths = dinoreg.find_images([folder])
         if paths == [folder]:
@@ -413,9 +400,10 @@ def run(args: argparse.Namespace) -> int:
 
     torch.manual_seed(recipe.seed)
     source = common.load_backbone(args.model) if args.model else None
-    config = replace(config, image_size=recipe.global_size, layerscale_init=recipe.layerscale_init)
     rates = dict(drop_path_rate=0.0 if args.teacher else recipe.drop_path_rate, drop_path_uniform=True)
     backbone = dinoreg.DinoVisionTransformer(replace(source.config if source else config, **rates))
+    if recipe.init == "unit":
+        init_unit_variance(backbone)
     if source:
         backbone.load_state_dict(source.state_dict())
     backbone.transform = (source or backbone).transform.at_size(recipe.global_size)
@@ -425,8 +413,7 @@ def run(args: argparse.Namespace) -> int:
         frozen.transform = backbone.transform
         if frozen.patch_size != backbone.patch_size:
             raise ValueError(f"--teacher has patches of {frozen.patch_size} pixels, the student of {backbone.patch_size}")
-        epochs = recipe.freeze_epochs
-        heads = replace(recipe, epochs=epochs, warmup_epochs=epochs / 10, freeze_last_layer_epochs=0.0)
+        heads = replace(recipe, epochs=recipe.freeze_epochs, warmup_epochs=0.0, freeze_last_layer_epochs=0.0)
         (args.output / "heads").mkdir(exist_ok=True)
         teacher = train(Network(frozen, recipe), None, paths, heads, args.output / "heads", args)
     recipe = recipe if source else replace(recipe, freeze_epochs=0.0)
@@ -454,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
     official = vars(Recipe()) | {name: getattr(PRESETS["official"][0], name) for name in ARCHITECTURE}
     for name, value in official.items():
         kind = dict(type=float, nargs=len(value)) if isinstance(value, tuple) else dict(type=type(value))
-        kind |= dict(choices=("sinkhorn_knopp", "centering")) if name == "centering" else dict(metavar="X")
+        kind |= dict(choices=CHOICES[name]) if name in CHOICES else dict(metavar="X")
         constants.add_argument(f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS, help=str(value))
     return common.run(run, parser.parse_args(argv))
 

@@ -26,6 +26,7 @@ pytest.importorskip("matplotlib")
 
 import dinoreg
 import pretrain
+import training_parts
 
 SCRIPT = Path(pretrain.__file__)
 
@@ -150,13 +151,28 @@ def test_a_mask_of_nothing():
 
 def test_schedules():
     official = [1, 4 / 3, 5 / 3, 2, 2, 1.8995191, 1.625, 1.25, 0.875, 0.6004809, 0.5, 0.5]
-    assert close([pretrain.cosine(step, 2.0, 0.5, 10, 4, 1.0) for step in range(12)], official)
-    assert close([pretrain.cosine(step, 0.07, 0.07, 3, 3, 0.04) for step in range(5)], [0.04, 0.055, 0.07, 0.07, 0.07])
+    assert close([training_parts.cosine(step, 2.0, 0.5, 10, 4, 1.0) for step in range(12)], official)
+    assert close([training_parts.cosine(step, 0.07, 0.07, 3, 3, 0.04) for step in range(5)], [0.04, 0.055, 0.07, 0.07, 0.07])
     recipe = pretrain.Recipe(batch_size=256, epochs=4, warmup_epochs=1, freeze_last_layer_epochs=1, base_lr=1.0, min_lr=0.0)
     now = [pretrain.schedule(dataclasses.replace(recipe, freeze_epochs=2), step, epoch_length=2) for step in range(8)]
     assert [row["lr"] for row in now][:3] == [0, 0.5, 0.5]
     assert [row["last_layer_lr"] > 0 for row in now] == [False] * 2 + [True] * 6
     assert [row["backbone_lr"] > 0 for row in now] == [False] * 4 + [True] * 4
+
+
+def test_initial_weights_of_unit_variance():
+    torch.manual_seed(0)
+    config = dinoreg.Config(embed_dim=32, depth=2, num_heads=2, patch_size=4, image_size=32)
+    backbone = dinoreg.DinoVisionTransformer(config)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    training_parts.init_unit_variance(backbone)
+    stds = {name: parameter.std().item() for name, parameter in backbone.named_parameters() if parameter.numel() > 64}
+    assert stds["pos_embed"] == pytest.approx(1, abs=0.1) and stds["register_tokens"] == pytest.approx(1, abs=0.3)
+    for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        width = 128 if name == "mlp.fc2" else 32
+        assert stds[f"blocks.1.{name}.weight"] == pytest.approx(width**-0.5, rel=0.1), name
+    for name in ("patch_embed.proj.weight", "mask_token", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.bias"):
+        assert torch.equal(before[name], backbone.state_dict()[name]), name
 
 
 def tiny_network(**constants) -> tuple[pretrain.Network, pretrain.Recipe]:
@@ -267,6 +283,16 @@ def test_crops_depend_on_batch_and_place_alone(folder):
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[0][0], first[0][1])
 
 
+def test_rotated_crops(folder):
+    recipe = pretrain.Recipe(global_size=28, local_crops=0, flip=0, jitter=0, grey=0, blur=(0, 0, 0), global_scale=(1, 1))
+    paths = dinoreg.find_images([folder])
+    straight, rotated = (
+        pretrain.Crops(paths, dataclasses.replace(recipe, rotate=degrees, solarize=0), 8, 4)[0, 0][0][0]
+        for degrees in (0, 45)
+    )
+    assert straight.min() > 0 and (rotated == 0).any()  # black corners
+
+
 def test_a_batch_has_all_images_and_evenly_spread_masks(folder):
     recipe = pretrain.Recipe(global_size=224, local_size=98, local_crops=0)
     paths = dinoreg.find_images([folder])
@@ -312,11 +338,14 @@ def run(monkeypatch, capsys):
     return call
 
 
+TIMES = ("waited", "seconds", "images_per_s")
+
+
 def curve(output: Path) -> list[dict]:
     """The log without what depends on the machine."""
     with (output / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return [{key: float(x) for key, x in row.items() if key not in ("images_per_s", "memory_gb")} for row in rows]
+    return [{key: float(x) for key, x in row.items() if key not in TIMES} for row in rows]
 
 
 def test_a_run_from_scratch(run, folder, tmp_path):
