@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parents[1]
-MODULES = {"common", "masks"}  # no scripts
+MODULES = {"common", "masks", "training_parts"}  # no scripts
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in MODULES)
 NO_MODEL = {"architecture", "make_digits"}  # that computes features
 CPU_ONLY = {"export", "quantize"}
