@@ -7,27 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 import common
-import dinoreg
 
 IGNORED = 255  # the value of pixels without a class in all masks in memory
 GAP = 4  # pixels between the photos of a picture
 
 Classes = dict[str, tuple[int, int, int]]  # the colours of K classes, in the order of their indices
+View = tuple[Image.Image, np.ndarray | None]  # a photo and the mask to draw on it
 
 
 def read_classes(path: Path) -> Classes:
     """The classes of a text file: one name per line, in the order of the indices, with or without a colour, #rrggbb."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file of class names in UTF-8") from None
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     parts = [re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line).groups() for line in lines]
     classes = {name: tuple(bytes.fromhex(colour)) if colour else default_colour(i) for i, (name, colour) in enumerate(parts)}
-    if not 2 <= len(classes) <= IGNORED or len(classes) < len(lines):
-        raise ValueError(f"{path}: must hold 2 to {IGNORED} different class names, one per line")
+    if not 2 <= len(classes) <= IGNORED or len(classes) < len(lines) or "\ufffd" in text:
+        raise ValueError(f"{path}: not a text file (UTF-8) of 2 to {IGNORED} different class names, one per line")
     return classes
 
 
@@ -68,12 +66,10 @@ def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> 
     if pixels.shape[:2] != (height, width):
         raise ValueError(f"{path}: the mask is {pixels.shape[1]} x {pixels.shape[0]} pixels, its photo {width} x {height}")
     if mode in ("RGB", "RGBA"):
-        if classes is None:
-            raise ValueError(f"{path}: a mask of colours needs --classes, a file with a name and a colour on each line")
-        known = {int.from_bytes(colour, "big"): i for i, colour in enumerate(classes.values())}
+        known = {int.from_bytes(colour, "big"): i for i, colour in enumerate((classes or {}).values())}
         values, pixels = np.unique(pixels[..., :3] @ [65536, 256, 1], return_inverse=True)
-        for value in set(values.tolist()) - set(known):
-            raise ValueError(f"{path}: no class has the colour #{value:06x}")
+        for value in {*values.tolist()} - {*known}:
+            raise ValueError(f"{path}: no class has the colour #{value:06x}; it needs --classes, with #rrggbb on each line")
         pixels = np.array([known[value] for value in values.tolist()])[pixels.reshape(height, width)]
     if pixels.ndim != 2 or pixels.dtype.kind == "f":
         raise ValueError(f"{path}: a mask holds class indices or RGB colours, not pixels of mode {mode}")
@@ -84,12 +80,11 @@ def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> 
     return np.where(pixels == ignore, IGNORED, pixels).astype(np.uint8)
 
 
-def write_mask(mask: np.ndarray, path: Path, classes: Classes) -> None:
-    """Write a mask as a PNG file with the colours of the classes as its palette; the rest of that is white."""
+def to_image(mask: np.ndarray, classes: Classes) -> Image.Image:
+    """The mask as an image whose palette has the colours of the classes; the rest of it is white."""
     image = Image.fromarray(mask)
     image.putpalette(bytes(value for colour in classes.values() for value in colour).ljust(768, b"\xff"))
-    with dinoreg.atomic(path) as part:
-        image.save(part)
+    return image
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, K: int) -> np.ndarray:
@@ -110,27 +105,20 @@ def score(confusions: np.ndarray, classes: Classes) -> dict:
     return {"mean_iou": mean, "pixel_accuracy": (right.sum() / confusions.sum()).item(), "iou": iou}
 
 
-def overlay(photo: Image.Image, mask: np.ndarray, classes: Classes) -> Image.Image:
-    """The photo tinted in the colours of its classes; pixels without a class stay as they are."""
-    indices = np.asarray(Image.fromarray(mask).resize(photo.size, Image.Resampling.NEAREST))
-    colours = np.array([*classes.values()], np.uint8)[indices.clip(max=len(classes) - 1)]
-    tinted = Image.blend(photo, Image.fromarray(colours), 0.5)
-    return Image.composite(tinted, photo, Image.fromarray(indices != IGNORED))
-
-
-def draw(
-    views: list[tuple[Image.Image, np.ndarray | None]], shares: dict[str, float], classes: Classes, width: int
-) -> Image.Image:
-    """Photos side by side, under their masks, above a legend of the classes that occur; at most `width` pixels wide."""
-    aspects = [photo.width / photo.height for photo, _ in views]
-    gaps = GAP * (len(views) - 1)
-    height = min(max(1, int((width - gaps) / sum(aspects))), *(photo.height for photo, _ in views))
-    panels = [photo.resize((round(height * aspect), height)) for (photo, _), aspect in zip(views, aspects)]
-    picture = Image.new("RGB", (sum(panel.width for panel in panels) + gaps, height + 22 * len(shares) + 32), "white")
-    pen, font, left, x, y = ImageDraw.Draw(picture), ImageFont.load_default(14), 0, 8, height + 8
-    for panel, (_, mask) in zip(panels, views):
-        picture.paste(panel if mask is None else overlay(panel, mask, classes), (left, 0))
-        left += panel.width + GAP
+def draw(views: list[View], shares: dict[str, float], classes: Classes, width: int) -> Image.Image:
+    """Photos side by side, tinted by their masks, above a legend of the classes that occur; at most `width` pixels wide."""
+    gaps, aspect = GAP * (len(views) - 1), sum(photo.width / photo.height for photo, _ in views)
+    height = min(max(1, int((width - gaps) / aspect)), *(photo.height for photo, _ in views))
+    panels = []
+    for photo, mask in views:
+        if mask is not None:
+            tinted = Image.blend(photo, to_image(mask, classes).convert("RGB"), 0.5)
+            photo = Image.composite(tinted, photo, Image.fromarray(mask != IGNORED))
+        photo = photo.resize((round(height * photo.width / photo.height), height))
+        panels += [np.full((height, GAP, 3), 255, np.uint8), np.asarray(photo)]
+    photos = Image.fromarray(np.hstack(panels[1:]))
+    picture = ImageOps.expand(photos, (0, 0, 0, 32 + 22 * len(shares)), "white")
+    pen, font, x, y = ImageDraw.Draw(picture), ImageFont.load_default(14), 8, height + 8
     for name in filter(shares.get, shares):  # classes that occur
         text = f"{name} {shares[name]:.1%}"
         length = 20 + font.getlength(text)

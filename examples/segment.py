@@ -4,21 +4,21 @@
     python examples/segment.py PHOTO... --weights mine.safetensors
     python examples/segment.py PHOTO... --like annotated.jpg mask.png --classes classes.txt
 
-For each photo it writes an overlay with a legend (NAME_segments.png) and the mask (NAME_mask.png: class indices, with the
-colours as palette; 255 is unknown), and prints a JSON object, {"image": path, "mask": path, "shares": {class: share of the
-pixels}, "unknown": share}.
+Each photo gives an overlay with a legend (NAME_segments.png), a mask of class indices (NAME_mask.png, 255 is unknown) and
+a line of JSON with the share of each class in the pixels.
 
 --like needs no training: the 20 most similar patches of the annotated photos vote on the class of each patch (k-NN by the
-cosine similarity of patch tokens). Where even the most similar is below --threshold, the class is unknown. Photos are
-resized to --resolution. If a side is then longer than --tile, the model sees overlapping tiles and their logits are
-averaged, so that the memory of a forward pass does not grow with the photo.
+cosine similarity of patch tokens). Where even the most similar is below --threshold, the class is unknown. The logits of
+overlapping tiles are averaged in photos with a side above --tile, which bounds the memory of a forward pass.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from tqdm import tqdm
 import common
 import dinoreg
 import masks
+from dinoreg import DinoVisionTransformer
 from masks import IGNORED, Classes
 
 NEIGHBOURS = 20  # patches that vote on the class of a patch
@@ -39,7 +40,7 @@ NEIGHBOURS = 20  # patches that vote on the class of a patch
 THRESHOLD = 0.75
 
 
-def patch_features(backbone: dinoreg.DinoVisionTransformer, x: Tensor, layers: int = 1) -> Tensor:
+def patch_features(backbone: DinoVisionTransformer, x: Tensor, layers: int = 1) -> Tensor:
     """Normalised patch tokens of the last blocks, concatenated: (B, 3, H, W) -> (B, layers * D, h, w)."""
     return torch.cat(backbone.get_intermediate_layers(x, layers, reshape=True), dim=1)
 
@@ -51,22 +52,19 @@ def tile_starts(length: int, tile: int) -> list[int]:
 
 
 @torch.inference_mode()
-def run_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, backbone: dinoreg.DinoVisionTransformer) -> Tensor:
-    """What a function (B, 3, H, W) -> (B, K, h, w) of a backbone gives for an image (3, H, W), in tiles: (K, h, w).
+def run_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, backbone: DinoVisionTransformer) -> Tensor:
+    """What a function (B, 3, H, W) -> (B, K, h, w) gives for an image (3, H, W): the mean of overlapping tiles, (K, h, w).
 
-    Tiles have at most `tile` patches a side, if these do not overlap. Where tiles overlap, the result is their mean.
+    Tiles have at most `tile` patches a side, if these do not overlap.
     """
-    P, (h, w) = backbone.patch_size, backbone.to_grid(*x.shape[1:])
+    P, (h, w), total = backbone.patch_size, backbone.to_grid(*x.shape[1:]), 0
     density = P // backbone.patch_embed.proj.stride[0]  # patches that begin within the side of one
-    total, count = 0, 0
-    for top in tile_starts(x.shape[1] // P, tile):
-        for left in tile_starts(x.shape[2] // P, tile):
-            output = function(x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P])[0]
-            _, rows, columns = output.shape
-            margins = (left * density, w - left * density - columns, top * density, h - top * density - rows)
-            total = total + F.pad(output, margins)
-            count = count + F.pad(torch.ones_like(output[:1]), margins)
-    return total / count
+    for top, left in itertools.product(tile_starts(x.shape[1] // P, tile), tile_starts(x.shape[2] // P, tile)):
+        output = function(x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P])[0]
+        counted = torch.cat([output, torch.ones_like(output[:1])])  # (K + 1, rows, columns)
+        top, left = top * density, left * density
+        total = total + F.pad(counted, (left, w - left - counted.shape[2], top, h - top - counted.shape[1]))
+    return total[:-1] / total[-1]
 
 
 class Segmenter(nn.Module):
@@ -75,7 +73,7 @@ class Segmenter(nn.Module):
     Official Implementation: dinov2/eval/segmentation, `BNHead`: batch norm and a convolution of 1 x 1.
     """
 
-    def __init__(self, backbone: dinoreg.DinoVisionTransformer, classes: Classes, layers: int = 1):
+    def __init__(self, backbone: DinoVisionTransformer, classes: Classes, layers: int = 1):
         super().__init__()
         self.backbone, self.classes, self.layers = backbone, classes, layers
         width = layers * backbone.embed_dim
@@ -113,24 +111,22 @@ def load(path: Path, device: str) -> Segmenter:
     return model.to(device).eval()
 
 
-def by_example(
-    backbone: dinoreg.DinoVisionTransformer, examples: list[tuple[Path, np.ndarray]], tile: int, K: int
-) -> Callable[[Tensor], Tensor]:
+def by_example(backbone: DinoVisionTransformer, examples: list[tuple[Path, np.ndarray]], tile: int, K: int) -> Callable:
     """A function in place of a `Segmenter`: the most similar patches of annotated photos, given with their masks, vote.
 
     It returns (B, K + 1, h, w): the votes, and the similarity of the most similar patch. Each votes for the classes of its
     pixels, by share. Patches that are labelled by less than half have no vote.
     """
-    known, shares, device = [], [], backbone.pos_embed.device
+    known, shares = [], []
     for photo, mask in examples:
-        x = dinoreg.preprocess(photo, None, True, backbone.patch_size, transform=backbone.transform).to(device)
-        tokens = run_tiles(lambda x: patch_features(backbone, x), x, tile, backbone)  # (D, h, w)
-        of_class = torch.stack([torch.from_numpy(mask == i) for i in range(K)]).float()  # (K, H, W)
-        share = F.adaptive_avg_pool2d(of_class, tokens.shape[1:]).to(device)  # (K, h, w)
+        x = dinoreg.preprocess(photo, None, True, backbone.patch_size, transform=backbone.transform)
+        tokens = run_tiles(partial(patch_features, backbone), x.to(backbone.pos_embed.device), tile, backbone)  # (D, h, w)
+        of_class = torch.from_numpy(mask) == torch.arange(K)[:, None, None]  # (K, H, W)
+        share = F.adaptive_avg_pool2d(of_class.float(), tokens.shape[1:]).to(tokens.device)  # (K, h, w)
         labelled = share.sum(dim=0) > 0.5
-        known.append(tokens[:, labelled])
-        shares.append(share[:, labelled])
-    known, shares = torch.cat(known, dim=1).mT, torch.cat(shares, dim=1).mT  # (n, D), (n, K)
+        known.append(tokens[:, labelled].mT)
+        shares.append(share[:, labelled].mT)
+    known, shares = torch.cat(known), torch.cat(shares)  # (n, D), (n, K)
     if not len(known):
         raise ValueError(f"{examples[0][0]}: its mask has no labelled pixels")
 
@@ -146,21 +142,11 @@ def by_example(
 
 
 def classify_pixels(logits: Tensor, H: int, W: int) -> np.ndarray:
-    """The class (H, W) of each pixel, uint8, from logits (K, h, w), upsampled bilinearly.
-
-    Rows are upsampled first and columns a strip at a time, since (K, H, W) logits of a large photo would fill the memory.
-    """
+    """The class (H, W) of each pixel, uint8, from logits (K, h, w), upsampled bilinearly."""
     rows = F.interpolate(logits[None], (H, logits.shape[2]), mode="bilinear")  # (1, K, H, w)
+    # Columns follow in strips: (K, H, W) logits of a large photo would fill the memory.
     strips = (F.interpolate(strip, (strip.shape[2], W), mode="bilinear") for strip in rows.split(64, dim=2))
     return torch.cat([strip.argmax(dim=1)[0].byte().cpu() for strip in strips]).numpy()
-
-
-def draw_similarity(similarity: np.ndarray, threshold: float) -> Image.Image:
-    """Similarities (H, W) as a picture, from dark (the threshold and below) to bright (1)."""
-    from matplotlib import colormaps
-
-    scaled = (similarity - threshold) / max(1 - threshold, 1e-6)
-    return Image.fromarray(colormaps["viridis"](scaled.clip(0, 1), bytes=True)).convert("RGB")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -201,14 +187,19 @@ def run(args: argparse.Namespace) -> int:
         if args.like:
             similarity = F.interpolate(output[None, -1:], mask.shape, mode="bilinear")[0, 0].cpu().numpy()
             mask[similarity < args.threshold] = IGNORED
-            panels += [(draw_similarity(similarity, args.threshold), None)] if args.similarity else []
+            if args.similarity:
+                from matplotlib import colormaps
+
+                scaled = (similarity - args.threshold) / max(1 - args.threshold, 1e-6)
+                panels.append((Image.fromarray(colormaps["viridis"](scaled, bytes=True)).convert("RGB"), None))
         if truth is not None:
-            confusions = confusions + masks.confusion(truth, mask, len(classes))
+            confusions += masks.confusion(truth, mask, len(classes))
         parts = (np.bincount(mask.flatten(), minlength=IGNORED + 1) / mask.size).round(4).tolist()  # of each index
         shares = dict(zip(classes, parts))
         with dinoreg.atomic(picture_path) as part:
             masks.draw([*panels, (photo, mask)], shares, classes, args.width).save(part, optimize=True)
-        masks.write_mask(mask, mask_path, classes)
+        with dinoreg.atomic(mask_path) as part:
+            masks.to_image(mask, classes).save(part)
         record = {"image": str(image), "mask": str(mask_path), "shares": shares, "unknown": parts[IGNORED]}
         tqdm.write(json.dumps(record), file=sys.stdout)
     if args.truth and failed < len(images):
@@ -228,9 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", default="vits14_reg", help="backbone for --like: an official model or a file (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names for --like: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels in masks (default: 255)")
-    rule = "cosine below which the class is unknown with --like; --similarity helps to choose it for other weights"
-    add("--threshold", type=float, default=THRESHOLD, metavar="COSINE", help=f"{rule} (default: %(default)s)")
-    add("--similarity", action="store_true", help="also draw the similarity, dark at the threshold and bright at 1")
+    add("--threshold", type=float, default=THRESHOLD, help="cosine below which --like gives no class (default: %(default)s)")
+    add("--similarity", action="store_true", help="also draw the similarity, dark at --threshold and bright at 1")
     common.add_resolution(parser)
     add("--tile", type=int, default=1022, metavar="PIXELS", help="largest side of a tile (default: %(default)s)")
     add("--truth", type=Path, metavar="FOLDER", help="true masks, NAME.png: print mean IoU and pixel accuracy at the end")

@@ -8,31 +8,29 @@ Each photo in the folder IMAGES has a mask of the same name in MASKS: a PNG file
 (255 is ignored) or the colours of the classes. A text file, --classes, names the classes. Without it they are named by
 their index and have the colours of the palette of the first mask.
 
-The protocol is that of the official linear evaluation (dinov2/eval/segmentation): batch norm and a linear layer on the
-normalised patch tokens of the last block or of the last four, logits upsampled bilinearly, cross entropy, and AdamW with
-a short warm-up and a linear decay. Photos keep their aspect ratio and are not augmented, so that the backbone runs once:
-its features are cached in float16. Training is much shorter than the official 40,000 steps, at ten times the learning
-rate. A fifth of the photos is held out, unless --val names others; masks are compared with theirs at full resolution.
+The protocol is the official linear evaluation (dinov2/eval/segmentation): batch norm and a linear layer on the normalised
+patch tokens of the last block or the last four, logits upsampled bilinearly, cross entropy, AdamW. Photos keep their aspect
+ratio and are not augmented, so that the backbone runs once: its features are cached in float16. Training is shorter than
+the official 40,000 steps, at ten times the learning rate. A fifth of the photos is held out, unless --val names others.
 """
 
 import argparse
-import functools
 import math
 import os
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 import common
 import dinoreg
+from dinoreg import DinoVisionTransformer
 from masks import IGNORED, Classes, confusion, name_classes, read_classes, read_mask, score
 from segment import Segmenter, classify_pixels, patch_features, save
 
@@ -49,7 +47,7 @@ def find_pairs(images: Path, masks: Path, classes: Classes | None, ignore: int) 
             raise ValueError(f"{folder}: no such folder")
     if images.resolve() == masks.resolve():
         raise ValueError(f"{images}: photos and masks must be in different folders")
-    photos, found = ({path for path in dinoreg.find_images([folder])} - {folder} for folder in (images, masks))
+    photos, found = ({*dinoreg.find_images([folder])} - {folder} for folder in (images, masks))
     pairs = [(photo, masks / photo.relative_to(images).with_suffix(".png")) for photo in sorted(photos)]
     errors = [f"{mask}: no photo of this name in {images}" for mask in sorted(found - {mask for _, mask in pairs})]
 
@@ -66,18 +64,15 @@ def find_pairs(images: Path, masks: Path, classes: Classes | None, ignore: int) 
     return [pair for pair, count in zip(pairs, counts) if count], errors, max(counts, default=0)
 
 
-def compute_features(
-    args: argparse.Namespace, backbone: dinoreg.DinoVisionTransformer, photos: Sequence[Path]
-) -> common.Features:
+def compute_features(args: argparse.Namespace, backbone: DinoVisionTransformer, photos: list[Path]) -> common.Features:
     """What the head sees of each photo, (layers * D, h, w), float16; or why the photo cannot be read."""
-
-    def read(photo: Path) -> Tensor | str:
-        return common.read_image(photo, None, True, backbone.patch_size, False, False, backbone.transform)
 
     def function(images: list[Tensor]) -> list[Tensor]:
         return [patch_features(backbone, x[None].to(args.device), args.layers)[0].half().cpu() for x in images]
 
-    compute = functools.partial(common.compute, function, read, transform=backbone.transform)
+    P, transform = backbone.patch_size, backbone.transform
+    read = partial(common.read_image, keep_aspect=True, patch_size=P, normalized=False, transform=transform)
+    compute = partial(common.compute, function, read, transform=transform)
     options = [args.layers, args.resolution]
     return common.cached_features(compute, photos, args.images, "train_segmenter", args.model, options, not args.no_cache)[0]
 
@@ -87,44 +82,32 @@ def train(model: Segmenter, pairs: list[Pair], features: common.Features, ignore
     device, P = model.backbone.pos_embed.device, model.backbone.patch_size
 
     def read(pair: Pair) -> tuple[Tensor, Tensor]:
-        photo, path = pair
-        _, h, w = features[photo].shape
-        mask = Image.fromarray(read_mask(path, photo, model.classes, ignore))
-        mask = np.array(mask.resize((w * P, h * P), Image.Resampling.NEAREST))
-        return features[photo].float(), torch.from_numpy(mask)[None].long()
+        x = features[pair[0]].float().to(device)
+        mask = torch.from_numpy(read_mask(pair[1], pair[0], model.classes, ignore))[None, None]
+        mask = F.interpolate(mask, (x.shape[1] * P, x.shape[2] * P), mode="nearest-exact")
+        return x, mask[0].long().to(device)  # (layers * D, h, w) and (1, H, W)
 
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, steps, pct_start=0.04, anneal_strategy="linear", cycle_momentum=False
-    )
+    schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.04, anneal_strategy="linear", cycle_momentum=False)
     epochs = math.ceil(steps * BATCH / len(pairs))
     order = [pairs[i] for _ in range(epochs) for i in torch.randperm(len(pairs)).tolist()][: steps * BATCH]
-    bar = tqdm(common.read_ahead(read, common.split_batches(order, BATCH)), total=steps, unit="step")
+    batches = common.read_ahead(read, common.split_batches(order, BATCH))
     model.head.train()
-    for batch in bar:
-        inputs, masks = ([x.to(device) for x in part] for part in zip(*batch))  # (layers * D, h, w) and (1, H, W) of each
-        logits = model.head(torch.cat([x.flatten(1) for x in inputs], dim=1)[None, ..., None])  # (1, K, all patches, 1)
-        parts = zip(logits[..., 0].split([x[0].numel() for x in inputs], dim=2), inputs, masks)
-        pixels = [F.interpolate(part.unflatten(2, x.shape[1:]), mask.shape[1:], mode="bilinear") for part, x, mask in parts]
-        loss = sum(F.cross_entropy(*pair, ignore_index=IGNORED, reduction="sum") for pair in zip(pixels, masks))
-        loss = loss / max(1, sum((mask != IGNORED).sum().item() for mask in masks))
+    for batch in (bar := tqdm(batches, total=steps, unit="step")):
+        tokens = torch.cat([x.flatten(1) for x, _ in batch], dim=1)  # of all photos together: (layers * D, N)
+        logits = model.head(tokens[None, ..., None])[..., 0].split([x[0].numel() for x, _ in batch], dim=2)
+        loss, labelled = 0, 0
+        for part, (x, mask) in zip(logits, batch):
+            pixels = F.interpolate(part.unflatten(2, x.shape[1:]), mask.shape[1:], mode="bilinear")  # (1, K, H, W)
+            loss = loss + F.cross_entropy(pixels, mask, ignore_index=IGNORED, reduction="sum")
+            labelled += (mask != IGNORED).sum().item()
+        loss = loss / max(1, labelled)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss:.3f}")
     model.eval()
-
-
-@torch.inference_mode()
-def evaluate(model: Segmenter, pairs: list[Pair], features: common.Features, ignore: int) -> dict:
-    """What `score` says of photos: masks at their full resolution, features from the cache."""
-    confusions = 0
-    for photo, mask in tqdm(pairs, unit="image"):
-        truth = read_mask(mask, photo, model.classes, ignore)
-        (logits,) = model.head(features[photo][None].float().to(model.backbone.pos_embed.device))
-        confusions = confusions + confusion(truth, classify_pixels(logits, *truth.shape), len(model.classes))
-    return score(confusions, model.classes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -156,7 +139,13 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     model = Segmenter(backbone, classes, args.layers).to(args.device).eval()
     train(model, pairs, features, args.ignore, args.steps)
-    scores = evaluate(model, held_out, features, args.ignore)
+    confusions = 0
+    with torch.inference_mode():
+        for photo, path in tqdm(held_out, unit="image"):
+            truth = read_mask(path, photo, classes, args.ignore)  # of full resolution
+            (logits,) = model.head(features[photo][None].float().to(args.device))
+            confusions += confusion(truth, classify_pixels(logits, *truth.shape), len(classes))
+    scores = score(confusions, classes)
     mean, accuracy = scores["mean_iou"], scores["pixel_accuracy"]
     print(f"mean IoU {mean:.1%}, pixel accuracy {accuracy:.1%} on {len(held_out)} held-out photos")
     for name, iou in scores["iou"].items():
@@ -174,13 +163,12 @@ def main(argv: list[str] | None = None) -> int:
     add("masks", type=Path, metavar="MASKS", help="folder of their masks: PNG files of class indices or colours")
     add("--val", type=Path, nargs=2, metavar=("IMAGES", "MASKS"), help="held-out photos and masks (default: a fifth of all)")
     add("--classes", type=Path, metavar="FILE", help="class names: one per line, with or without #rrggbb")
-    add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels (default: %(default)s)")
+    add("--ignore", type=int, default=IGNORED, metavar="INDEX", help="index of unlabelled pixels (default: %(default)s)")
     add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
     common.add_resolution(parser, default=448)
     add("--layers", type=int, choices=(1, 4), default=1, help="last blocks whose patch tokens the head sees (default: 1)")
     add("--steps", type=common.positive, default=500, help=f"training steps, of {BATCH} photos each (default: %(default)s)")
-    output = Path("segmenter.safetensors")
-    add("-o", "--output", type=Path, default=output, metavar="FILE", help="the trained head (default: %(default)s)")
+    add("-o", "--output", type=Path, default=Path("segmenter.safetensors"), metavar="FILE", help="default: %(default)s")
     common.add_no_cache(parser)
     common.add_device(parser)
     return common.run(run, parser.parse_args(argv))
