@@ -16,10 +16,9 @@ from pathlib import Path
 import common
 import dinoreg
 
-# Top-1 accuracies in percent from https://github.com/facebookresearch/dinov2/blob/main/README.md: first those of the
-# released one-layer heads (section "Evaluation"), then those of the table at its top. The latter does not name the head;
-# the official dinov2/eval/linear.py reports the best of heads of one and four layers. The released four-layer heads have
-# no figure of their own.
+# Top-1 accuracies in percent from https://github.com/facebookresearch/dinov2/blob/main/README.md: of the released one-layer
+# head (section "Evaluation"), and of the best linear head, of one or four layers (table at the top; dinov2/eval/linear.py).
+# There is no figure for the released four-layer heads alone.
 PUBLISHED = {
     "vits14": (81.1, 81.1),
     "vitb14": (84.5, 84.5),
@@ -55,10 +54,7 @@ def find_labelled(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int]]
     name, or else by order. Raises a ValueError if they are not the classes."""
     folders = find_classes(folder)
     if len(folders) != len(labels):
-        raise ValueError(
-            f"{folder}: {len(folders)} sub-folders, but the model has {len(labels)} classes; "
-            "make one sub-folder of images for each"
-        )
+        raise ValueError(f"{folder}: {len(folders)} sub-folders, but the model has {len(labels)} classes; make one for each")
     unknown = [path.name for path in folders if path.name not in labels]
     if unknown and len(unknown) < len(labels):
         raise ValueError(f"{folder}: some sub-folders are named like classes of the model, but {unknown[0]!r} is not")
@@ -73,23 +69,20 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(model, dinoreg.LinearClassifier):
         raise ValueError(f"{args.model} has no classifier; official models with one have names that end in _lc")
     images = find_labelled(args.folder, model.labels or [""] * model.linear_head.out_features)
-    paths = [path for path, _ in images]
-
-    top1 = top5 = 0
-    unreadable = {}
-    results = dinoreg.classify(model, paths, batch_size=args.batch_size)
-    for (path, label), result in zip(images, tqdm(results, total=len(paths), unit="image", disable=None)):
+    results = dinoreg.classify(model, [path for path, _ in images], batch_size=args.batch_size)
+    hits, unreadable = [], {}  # hits: whether the best and the five best classes of an image hold its own
+    for (path, label), result in zip(images, tqdm(results, total=len(images), unit="image", disable=None)):
         if isinstance(result, Exception):
             unreadable[path] = common.reason(result)
-            continue
-        best = result.topk(min(5, len(result))).indices.tolist()
-        top1 += label == best[0]
-        top5 += label in best
-    status, readable = common.report("evaluate", unreadable), len(paths) - len(unreadable)
-    if not readable:
+        else:
+            best = result.topk(min(5, len(result))).indices.tolist()
+            hits.append((label == best[0], label in best))
+    status = common.report("evaluate", unreadable)
+    if not hits:
         raise ValueError(f"{args.folder}: no image in its sub-folders can be read")
 
-    print(f"{args.model}: top-1 {top1 / readable:.2%}, top-5 {top5 / readable:.2%} of {readable:,} images")
+    top1, top5 = (sum(hit) / len(hits) for hit in zip(*hits))
+    print(f"{args.model}: top-1 {top1:.2%}, top-5 {top5:.2%} of {len(hits):,} images")
     if statement := published(args.model, args.layers):
         print(statement)
     return status
@@ -102,9 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     add("folder", type=Path, help="has one sub-folder of images per class")
     add("--model", default="vits14_reg_lc", help="an official classifier or a file of one (default: %(default)s)")
     add("--layers", type=int, choices=(1, 4), default=4, help="layers that the official classifier uses (default: 4)")
-    add(
-        "--batch-size", type=common.positive, default=32, metavar="B", help="images in a forward pass (default: %(default)s)"
-    )
+    add("--batch-size", type=common.positive, default=32, metavar="B", help="images in a pass (default: %(default)s)")
     common.add_device(parser)
     return common.run(run, parser.parse_args(argv))
 
