@@ -8,8 +8,9 @@ Each photo gives an overlay with a legend (NAME_segments.png), a mask of class i
 a line of JSON with the share of each class in the pixels.
 
 --like needs no training: the 20 most similar patches of the annotated photos vote on the class of each patch (k-NN by the
-cosine similarity of patch tokens). Where even the most similar is below --threshold, the class is unknown. The logits of
-overlapping tiles are averaged in photos with a side above --tile, which bounds the memory of a forward pass.
+cosine similarity of patch tokens). Where even the most similar is below --threshold, the class is unknown. Photos are
+resized to --resolution; if a side is then longer than --tile, the model sees overlapping tiles and their logits are
+averaged, which bounds the memory of a forward pass.
 """
 
 import argparse
@@ -214,8 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", type=Path, metavar="FILE", help="a file written by train_segmenter.py")
-    pair = {"nargs": 2, "action": "append", "metavar": ("PHOTO", "MASK")}
-    source.add_argument("--like", type=Path, help="an annotated photo (may be repeated)", **pair)
+    source.add_argument("--like", type=Path, nargs=2, action="append", metavar=("PHOTO", "MASK"), help="may be repeated")
     add("--model", default="vits14_reg", help="backbone for --like: an official model or a file (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names for --like: one per line, with or without #rrggbb")
     add("--ignore", type=int, default=255, metavar="INDEX", help="index of unlabelled pixels in masks (default: 255)")

@@ -89,8 +89,7 @@ def train(model: Segmenter, pairs: list[Pair], features: common.Features, ignore
 
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.04, anneal_strategy="linear", cycle_momentum=False)
-    epochs = math.ceil(steps * BATCH / len(pairs))
-    order = [pairs[i] for _ in range(epochs) for i in torch.randperm(len(pairs)).tolist()][: steps * BATCH]
+    order = [pairs[i] for i in torch.utils.data.RandomSampler(pairs, num_samples=steps * BATCH)]
     batches = common.read_ahead(read, common.split_batches(order, BATCH))
     model.head.train()
     for batch in (bar := tqdm(batches, total=steps, unit="step")):
