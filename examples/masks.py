@@ -69,9 +69,7 @@ def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> 
         known = {int.from_bytes(colour, "big"): i for i, colour in enumerate((classes or {}).values())}
         values, pixels = np.unique(pixels[..., :3] @ [65536, 256, 1], return_inverse=True)
         for value in {*values.tolist()} - {*known}:
-            raise ValueError(
-                f"{path}: no class has the colour #{value:06x}; a mask of colours needs --classes with the #rrggbb of each"
-            )
+            raise ValueError(f"{path}: no class has the colour #{value:06x}; this needs --classes with the #rrggbb of each")
         pixels = np.array([known[value] for value in values.tolist()])[pixels.reshape(height, width)]
     if pixels.ndim != 2 or pixels.dtype.kind == "f":
         raise ValueError(f"{path}: a mask holds class indices or RGB colours, not pixels of mode {mode}")
