@@ -151,8 +151,6 @@ def classify_pixels(logits: Tensor, H: int, W: int) -> np.ndarray:
 
 
 def run(args: argparse.Namespace) -> int:
-    from matplotlib import colormaps
-
     if args.weights:
         segment = load(args.weights, args.device)
         backbone, classes, views = common.set_stride(segment.backbone, args.stride), segment.classes, []
@@ -191,6 +189,8 @@ def run(args: argparse.Namespace) -> int:
             similarity = F.interpolate(output[None, -1:], mask.shape, mode="bilinear")[0, 0].cpu().numpy()
             mask[similarity < args.threshold] = IGNORED
             if args.similarity:
+                from matplotlib import colormaps
+
                 scaled = (similarity - args.threshold) / max(1 - args.threshold, 1e-6)
                 panels.append((Image.fromarray(colormaps["viridis"](scaled, bytes=True)).convert("RGB"), None))
         if truth is not None:
