@@ -121,14 +121,14 @@ def test_benchmark_of_folders(run, small, monkeypatch):
 
 
 def test_benchmark_of_a_corpus(run, small, monkeypatch):
-    pytest.importorskip("pyarrow")
-    numbers_of, environments = benchmark.numbers_of, []
+    embed_corpus, environments = pytest.importorskip("embed_corpus"), []
 
     def run_without_ray(command):
-        start = command.index(sys.executable)
-        environments.append(command[:start])
-        return numbers_of(command[start:])
+        script = command.index(HERE / "embed_corpus.py")
+        environments.append(command[:script])
+        assert embed_corpus.main([*map(str, command[script + 1 :])]) == 0
 
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(benchmark, "numbers_of", run_without_ray)
     _, (header, _, row) = run("corpus", "--images", "4")
     assert header == ["images", "plain loop, s", "Ray, s", "ratio", "images per hour"]
