@@ -1,11 +1,10 @@
 """Tests of examples/benchmark.py: `python -m pytest examples/tests/test_benchmark.py`."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,11 +44,9 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def torch_home_with_hub(tmp_path) -> str:
-    """Has in place of torch.hub's clone of the official code this one, which has the same entry points."""
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "facebookresearch_dinov2_main").symlink_to(HERE.parent)
-    return str(tmp_path)
+def official(monkeypatch):
+    """Puts this repository in place of torch.hub's clone of the official code: it has the same entry points."""
+    monkeypatch.setattr(benchmark, "OFFICIAL", HERE.parent)
 
 
 def test_medians_and_ratios_within_turns():
@@ -75,8 +72,7 @@ def test_failing_processes_are_an_error():
 
 
 @pytest.mark.slow
-def test_benchmark_of_the_forward_pass(run, monkeypatch, torch_home_with_hub):
-    monkeypatch.setattr(benchmark, "OFFICIAL", Path(torch_home_with_hub, "hub", "facebookresearch_dinov2_main"))
+def test_benchmark_of_the_forward_pass(run, official):
     _, (header, _, row) = run("forward", "--models", "vits14_reg", "--pixels", "28", "--batches", "2")
     assert len(header) == len(row) and header[:5] == ["model", "pixels", "batch", "dinoreg", "embed"]
     assert "official" in header
@@ -146,11 +142,11 @@ def test_wrong_options_are_an_error(arguments, capsys):
 
 
 @pytest.mark.slow
-def test_benchmark_of_the_start(torch_home_with_hub):
-    command = [sys.executable, HERE / "benchmark.py", "start", "--turns", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TORCH_HOME": torch_home_with_hub})
-    assert result.returncode == 0, result.stderr
-    rows = {name: [float(x) for x in cells] for name, *cells in table_rows(result.stdout)[2:]}
+def test_benchmark_of_the_start(run, official, monkeypatch):
+    run_once = cache(lambda *command, numbers_of=benchmark.numbers_of: numbers_of([*command]))  # without a warm-up
+    monkeypatch.setattr(benchmark, "numbers_of", lambda command: run_once(*command))
+    _, (_, _, *table) = run("start")
+    rows = {name: [float(x) for x in cells] for name, *cells in table}
     assert ("official" in rows) == (find_spec("torchvision") is not None)
     assert rows["dinoreg"][1] == 1 and rows["dinoreg"][2] > rows["import torch"][2]
 
