@@ -77,12 +77,6 @@ def run(*args) -> types.SimpleNamespace:
     return types.SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
-def run_process(*args) -> subprocess.CompletedProcess:
-    """The same in a process of its own, from the root of the repository."""
-    command = [sys.executable, "-m", "dinoreg", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=120)
-
-
 def scaled_error(actual, expected) -> float:
     """The largest difference in units of the largest expected value."""
     actual, expected = (np.asarray(x, dtype=np.float64) for x in (actual, expected))
@@ -2557,7 +2551,7 @@ def test_json_lines_in_input_order(folder):
 
 
 def test_text_output(folder):
-    result = run_process(folder / "a.jpg", folder / "b.png", "--weights", folder / "model.safetensors", "--top", 2)
+    result = run(folder / "a.jpg", folder / "b.png", "--weights", folder / "model.safetensors", "--top", 2)
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
     assert len(lines) == 4 and len({line.index("%") for line in lines}) == 1
@@ -2676,16 +2670,13 @@ def test_help_is_short_and_has_an_example():
     assert len(result.stdout.splitlines()) < 40
 
 
-def test_progress_of_a_long_run_on_a_terminal(folder):
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "dinoreg", folder / "b.png", folder / "b.png", folder / "b.png"]
-    options = ["--weights", folder / "model.safetensors", "--batch-size", "1", "--top", "1"]
-    result = subprocess.run([*command, *options], stdout=subprocess.PIPE, stderr=theirs, text=True, cwd=HERE)
-    os.close(theirs)
-    shown = os.read(ours, 10000).decode()
-    assert result.returncode == 0 and len(result.stdout.splitlines()) == 3
-    assert "1/3" in shown and "2/3" in shown and shown.endswith("\r\033[K")
+def test_progress_of_a_long_run_on_a_terminal(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = ["--weights", str(folder / "model.safetensors"), "--batch-size", "1", "--top", "1"]
+    assert dinoreg.main([*[str(folder / "b.png")] * 3, *options]) == 0
+    out, progress = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    assert "1/3" in progress and "2/3" in progress and progress.endswith("\r\033[K")
 
 
 def test_closed_pipe(folder):
