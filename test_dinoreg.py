@@ -365,10 +365,10 @@ def test_half_precision(dtype):
 @pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4 writes C++ for this that does not compile")
 @pytest.mark.slow
 def test_compiles_as_one_graph():
-    model = LinearClassifier(randomised(TINY), 5, layers=2).eval()
-    for function in (model, model.backbone.embed):
+    model = LinearClassifier(randomised(replace(TINY, depth=2)), 5, layers=2).eval()
+    for function, sizes in ((model, [(20, 20), (8, 12)]), (model.backbone.embed, [(8, 12)])):
         compiled = torch.compile(function, fullgraph=True)
-        for size in ((20, 20), (8, 12)):
+        for size in sizes:  # at the second one the graph becomes one of dynamic shapes
             images = torch.randn(2, 3, *size)
             with torch.inference_mode():
                 assert scaled_error(compiled(images), function(images)) < 1e-4
@@ -2692,8 +2692,8 @@ def test_closed_pipe(folder):
 PEER_CONFIGS = {  # at their real width; B, L and g with fewer blocks
     "s": CONFIGS["vits14_reg"],
     "b": replace(CONFIGS["vitb14_reg"], depth=2),
-    "l": replace(CONFIGS["vitl14_reg"], depth=2),
-    "g": replace(CONFIGS["vitg14_reg"], depth=2),
+    "l": replace(CONFIGS["vitl14_reg"], depth=1),
+    "g": replace(CONFIGS["vitg14_reg"], depth=1),
 }
 PEER_SIZES = {"s": [(224, 224), (224, 336), (28, 14)], "b": [(224, 224), (518, 518), (98, 70)]}
 TOLERANCE = 1e-5  # of the largest value of an output: what is measured is 1e-6
