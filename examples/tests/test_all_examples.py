@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parents[1]
-MODULES = {"common", "masks", "training_parts"}  # no scripts
+MODULES = {"common", "masks", "training_parts"}  # imported by the scripts
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in MODULES)
-NO_MODEL = {"architecture", "make_digits"}  # that computes features
+NO_MODEL = {"architecture", "make_digits"}  # they compute no features
 CPU_ONLY = {"export", "quantize"}
-NO_OUTPUT = {"benchmark", "evaluate", "make_digits", "quantize", "test_time_registers"}  # but what they print
-# What takes long to import, and is needed after the arguments are parsed.
+NO_OUTPUT = {"benchmark", "evaluate", "make_digits", "quantize", "test_time_registers"}  # they print
+# Slow to import, and not needed before the arguments are parsed.
 HEAVY = {"matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "ray", "scipy", "sklearn", "torchao", "torchvision"}
 HEAVY |= {"openvino", "pandas", "pyarrow.dataset", "skimage", "torch._dynamo", "torch._inductor", "transformers"}
 

@@ -14,7 +14,7 @@ HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", ["vits14", "vits14_reg", "vitg14_reg"])
-def test_operations_are_those_counted_by_hand(name):
+def test_operation_counts_match_a_count_by_hand(name):
     config = replace(dinoreg.CONFIGS[name], depth=2)
     D, hidden, matrices = config.embed_dim, config.hidden_dim, 3 if config.ffn == "swiglu" else 2
     for side, found in zip((224, 518), architecture.count(config)[1]):

@@ -57,7 +57,7 @@ def test_medians_and_ratios_within_turns():
     assert benchmark.compare(numbers, turns=1, measure=next) == {"a": [1.0, 1.0, 5], "b": [3.0, 3.0, 7]}
 
 
-def test_other_features_are_an_error():
+def test_different_features_are_an_error():
     x = torch.randn(2, 8)
     assert benchmark.cosines_of({"a": lambda: x, "b": lambda: 2 * x})["b"] == pytest.approx(1)
     for wrong in (-x, x + x.flip(1), x * float("nan")):

@@ -40,7 +40,7 @@ def save_model(path, seed=0):
 
 
 def save_images(folder, count):
-    """Noisy images in sub-folders; every 97th is no image."""
+    """Images of noise in sub-folders; every 97th file is not an image."""
     generator, paths = np.random.default_rng(0), []
     for i in range(count):
         paths.append(folder / str(i % 7) / f"{i}.png")
@@ -83,13 +83,13 @@ def call(monkeypatch, capsys, tmp_path):
 def read(folder):
     """The rows of an output folder, by path."""
     rows = ds.dataset(folder).to_table()
-    assert len(set(rows["path"].to_pylist())) == len(rows)  # none twice
+    assert len(set(rows["path"].to_pylist())) == len(rows)  # no duplicates
     return {row["path"]: row for row in rows.to_pylist()}
 
 
 @torch.inference_mode()
 def check(rows, paths, model):
-    """The rows are those of the paths, each with what `embed` gives for it, or with an error."""
+    """The rows are those of the paths; each has the output of `embed`, or an error."""
     assert sorted(rows) == sorted(map(str, paths))
     broken = [path for path in paths if path.stat().st_size < 10]
     assert sorted(path for path, row in rows.items() if row["error"]) == sorted(map(str, broken))
@@ -152,7 +152,7 @@ def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(call, tmp_path, 
     check(read(output), paths, model)
 
 
-# The process kills itself in the middle of its second file.
+# The process kills itself while it writes its second file.
 KILLED = """
 import os, signal, sys, embed_corpus, pyarrow.parquet as pq
 def write(table, path, filesystem, write_table=pq.write_table):
@@ -166,7 +166,7 @@ embed_corpus.main()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_nothing_is_lost_or_twice_when_the_run_is_killed(call, tmp_path, model, output):
+def test_a_killed_run_loses_and_repeats_no_rows(call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 100)
     command = [sys.executable, "-c", KILLED, "images", "--output", output, "--model", model]
     result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE), "RAY_ADDRESS": ""})
@@ -180,7 +180,7 @@ def test_nothing_is_lost_or_twice_when_the_run_is_killed(call, tmp_path, model, 
     check(read(output), paths, model)
 
 
-def test_an_interrupted_run_keeps_what_it_has(call, tmp_path, model, output, monkeypatch):
+def test_an_interrupted_run_writes_its_finished_rows(call, tmp_path, model, output, monkeypatch):
     paths, embed = save_images(tmp_path / "images", 40), embed_corpus.embed
 
     def interrupted(rows, *arguments):
@@ -295,7 +295,7 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
     assert not output.exists()
 
 
-def test_ray_is_asked_for_where_it_is_missing(call, tmp_path, model, output, monkeypatch):
+def test_the_error_without_ray_says_what_to_install(call, tmp_path, model, output, monkeypatch):
     monkeypatch.setattr(embed_corpus, "silence", contextlib.nullcontext)  # it is for whole processes
     monkeypatch.setitem(sys.modules, "ray", None)
     save_images(tmp_path / "images", 1)
@@ -305,7 +305,7 @@ def test_ray_is_asked_for_where_it_is_missing(call, tmp_path, model, output, mon
         assert (status, stdout) == (2, "") and "ray" in line and "what to install" in line, line
 
 
-def test_a_batch_may_have_no_image(tmp_path):
+def test_a_batch_without_a_readable_image(tmp_path):
     model = dinoreg.DinoVisionTransformer(CONFIG).eval()
     model.transform = dinoreg.Transform().at_size(16)
     model.fix_image_size(16, 16)
@@ -325,8 +325,8 @@ def test_a_batch_may_have_no_image(tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The environment of a process that uses the cluster. It has a folder of its own, whose name is short because sockets
-    are in it, and ends with the tests."""
+    """Starts a cluster for all tests: the environment of a process that uses it. The cluster has a folder of its own, whose
+    name is short because it contains sockets."""
     pytest.importorskip("ray.data")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
@@ -397,7 +397,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 @pytest.mark.slow
 @needs_proc
-def test_ray_finishes_what_a_loop_began_though_a_worker_is_killed(cluster, call, tmp_path, model, output):
+def test_ray_continues_a_plain_run_and_survives_a_killed_worker(cluster, call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 100)
     (tmp_path / "later").mkdir()
     for path in paths[40:]:
@@ -417,7 +417,7 @@ def test_ray_finishes_what_a_loop_began_though_a_worker_is_killed(cluster, call,
 
 @pytest.mark.slow
 @needs_proc
-def test_a_loop_finishes_what_a_killed_ray_job_began(cluster, call, tmp_path, model, output):
+def test_a_plain_run_continues_a_killed_ray_job(cluster, call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 120)
     code = "import embed_corpus; embed_corpus.ROWS = 16; embed_corpus.main()"
     command = [sys.executable, "-c", code, tmp_path / "images", "--output", output, "--model", model, "--threads", "2"]
@@ -436,7 +436,7 @@ def test_a_loop_finishes_what_a_killed_ray_job_began(cluster, call, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_remote_cluster_writes_the_rows_of_a_loop(cluster, call, tmp_path, model, output):
+def test_a_remote_cluster_writes_the_rows_of_a_plain_run(cluster, call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 12)
     uris, files = list(map(str, paths)), [path.read_bytes() for path in paths]
     write_table(tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4])

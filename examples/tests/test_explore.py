@@ -195,7 +195,7 @@ def test_overlay_has_the_colours_of_the_values(browser):
     assert (pixels[:, 3] == 255).all()
 
 
-def test_click_pins_drag_takes_the_mean_and_escape_lets_go(browser, folder):
+def test_click_pins_drag_averages_and_escape_releases(browser, folder):
     patches = features(folder, common.load_backbone(DIGITS))
     release = browser.find_element(By.ID, "release")
     move(browser, 0, 0.3, 0.3, release=False)
@@ -221,7 +221,7 @@ def test_click_pins_drag_takes_the_mean_and_escape_lets_go(browser, folder):
     assert len(browser.find_elements(By.CSS_SELECTOR, ".patch")) == 1
 
 
-def test_keyboard_alone(browser):
+def test_keyboard_navigation(browser):
     def press(*keys):
         webdriver.ActionChains(browser).send_keys(*keys).perform()
         settle(browser)
@@ -290,7 +290,7 @@ def test_attention_and_norms_are_those_of_the_model(browser, folder):
     assert {(mark.get_attribute("x"), mark.get_attribute("y")) for mark in marks} == {("3", "1")}
 
 
-def test_names_are_text_and_nothing_is_fetched(browser):
+def test_names_are_escaped_and_nothing_is_fetched(browser):
     captions = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "figcaption span:first-child")]
     assert captions == NAMES
     assert browser.title == "Patch features of digits"
@@ -308,7 +308,7 @@ def test_nothing_is_wider_than_the_window(browser, width):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_the_photo_alone(browser):
+def test_photo_view_hides_the_overlays(browser):
     move(browser, 0, 0.5, 0.5)
     choose(browser, "view", "photo")
     script = """
@@ -320,7 +320,7 @@ def test_the_photo_alone(browser):
 
 
 @pytest.mark.parametrize("width, height", [(360, 640), (1200, 800)])
-def test_controls_stay_in_sight_and_photos_form_even_rows(driver, tmp_path, width, height):
+def test_controls_stay_visible_and_photos_form_even_rows(driver, tmp_path, width, height):
     sides = [(120, 60), (60, 120), (90, 90), (160, 50), (70, 100), (100, 70), (50, 110)] * 3
     for i, side in enumerate(sides):
         Image.new("RGB", side, (9 * i, 90, 90)).save(tmp_path / f"photo {i:02} of a rather long name.png")

@@ -83,7 +83,7 @@ def test_export_refuses_options_that_do_not_apply(arguments, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="AOTInductor needs a C++ compiler")
-def test_aotinductor_packages_compute_what_the_model_does(weights, tmp_path, capsys):
+def test_aotinductor_packages_match_the_model(weights, tmp_path, capsys):
     package = tmp_path / "model.pt2"
     assert export.main([str(weights), "--to", "aoti", "-o", str(package), "--batch-size", "3"]) == 0
     assert "images (3, 3, 16, 16) -> embeddings (3, 32)" in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_quantize_prints_speed_and_cosine(weights, capsys):
     out, err = capsys.readouterr()
     assert "times as fast as float32" in out.splitlines()[1] and out.startswith("batch of 1: ") and err == ""
     cosine = float(re.search(r"to ([\d.]+)$", out, re.MULTILINE)[1])
-    assert 0.99 < cosine < 1  # it is int8: near, and not the same
+    assert 0.99 < cosine < 1  # int8: close, but not equal
 
 
 @needs_torchao

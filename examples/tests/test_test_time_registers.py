@@ -31,7 +31,7 @@ def planted_model(config: dinoreg.Config = PLAIN) -> dinoreg.DinoVisionTransform
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
         proj = model.patch_embed.proj.weight
-        proj.sub_(proj.mean(dim=(1, 2, 3), keepdim=True))  # brightness is channel 0 of a token, and no other
+        proj.sub_(proj.mean(dim=(1, 2, 3), keepdim=True))  # brightness is in channel 0 of a token only
         proj[0], model.patch_embed.proj.bias[0], model.pos_embed[..., 0] = 0.006, 0, 0
         outlier = torch.randn(config.embed_dim)
         cause, effect = model.blocks[1].mlp, model.blocks[2].mlp
@@ -228,7 +228,7 @@ def test_the_script_prints_neurons_and_norms(tmp_path, capsys):
     assert status == 2 and records == [] and "no patch has a norm above 100 times the median" in err
 
 
-def test_option_of_other_scripts(tmp_path):
+def test_add_register_option_of_other_scripts(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
     import find_objects

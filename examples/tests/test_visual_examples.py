@@ -76,7 +76,7 @@ def test_a_script_runs_in_a_clone_that_is_not_installed(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["visualize", "explore", "find_objects"])
-def test_plots_are_imported_after_the_arguments_are_parsed(script):
+def test_plotting_libraries_are_imported_after_the_arguments_are_parsed(script):
     imports = re.findall(r"^(?:import|from) (\w+)", (HERE / f"{script}.py").read_text(), re.MULTILINE)
     assert "common" in imports and not {"matplotlib", "scipy", "sklearn"} & set(imports)
 
@@ -105,7 +105,7 @@ def test_principal_components_of_few_points(count):
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_foreground_is_the_side_away_from_the_border_and_the_rest_is_black(swap):
+def test_foreground_is_away_from_the_border_and_background_is_black(swap):
     torch.manual_seed(0)
     h, w = 7, 9
     inside = torch.zeros(h, w, dtype=torch.bool)
@@ -118,7 +118,7 @@ def test_foreground_is_the_side_away_from_the_border_and_the_rest_is_black(swap)
     assert (colours[~inside.flatten()] == 0).all()
     inside = colours[inside.flatten()]
     assert (inside.amin(dim=0) == 0).all() and (inside.amax(dim=0) == 1).all()
-    assert (inside.amax(dim=1) > 0.59).all()  # none is taken for background
+    assert (inside.amax(dim=1) > 0.59).all()  # none looks like background
 
 
 def test_colours_of_degenerate_images():
@@ -129,7 +129,7 @@ def test_colours_of_degenerate_images():
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN])
-def test_maps_are_those_of_the_model_from_one_pass(config):
+def test_maps_match_the_model_and_take_one_pass(config):
     model, x = random_model(config), torch.randn(3, 16, 24)
     runs = []
     for i, block in enumerate(model.blocks):
@@ -165,7 +165,7 @@ def test_the_same_feature_has_the_same_colour_in_all_photos():
     assert (photos[1]["colours"] - second).abs().max() > 0.2  # alone it has other colours
 
 
-def test_visualizing_draws_a_row_for_each_model_and_counts_outliers(tmp_path, call):
+def test_visualize_draws_a_row_for_each_model_and_counts_outliers(tmp_path, call):
     plain, registers = random_model(TINY_PLAIN), random_model(TINY)
     with torch.no_grad():
         plain.pos_embed[0, 1 + 7] = 1000  # which makes an outlier of the 8th of 25 patches
@@ -196,11 +196,11 @@ def test_visualizing_draws_a_row_for_each_model_and_counts_outliers(tmp_path, ca
     assert printed.startswith(f"{models[0]}: 52.00% of 25 patches")  # 13 of 25
     one = np.asarray(Image.open(out / "photo_features.png").convert("RGB")).astype(int)
     assert two.shape[1] == 2 * one.shape[1] and two.shape[0] > 1.5 * one.shape[0]
-    # The outlier shines in the map of norms, the third column, and it alone: it is a 25th of that.
+    # Only the outlier is yellow, in the map of norms, which is the third column: one of 25 patches.
     yellow = (abs(one - [253, 231, 37]).max(axis=2) < 3).sum(axis=0)
     columns = yellow.reshape(4, -1).sum(axis=1)
     assert columns.argmax() == 2 and columns[2] == pytest.approx((one.shape[1] / 4) ** 2 / 25, rel=0.15)
-    # All rows have one scale of norms: beside that outlier, those of the other model are dark.
+    # All rows share one scale of norms, so that those of the other model are dark.
     width = two.shape[1] // 8
     lower = two[two.shape[0] * 6 // 10 : two.shape[0] * 8 // 10, 2 * width + width // 5 : 3 * width - width // 5]
     assert abs(lower - [68, 1, 84]).max() < 15
@@ -240,7 +240,7 @@ def test_maps_are_written_as_arrays(tmp_path, call):
     "model, size, reason",
     [("none.pth", 20, "no such file"), ("bad.pth", 20, "not a checkpoint"), ("tiny.safetensors", 3, "at least 4")],
 )
-def test_what_cannot_start_says_why_in_a_line(tmp_path, call, script, model, size, reason):
+def test_start_errors_are_one_line(tmp_path, call, script, model, size, reason):
     random_photo(20, 20).save(tmp_path / "photo.png")
     (tmp_path / "bad.pth").write_text("no weights")
     dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
@@ -297,7 +297,7 @@ def test_compressed_features_keep_the_cosines():
 def test_the_patches_that_lose_most_have_the_largest_error(monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(600, 48) * 0.9 ** torch.arange(48) + 0.1
-    x[::50] += torch.randn(12, 48) * 0.4  # a few are unlike all others
+    x[::50] += torch.randn(12, 48) * 0.4  # a few differ from all others
     expected = explore.compress(x)[0]
     monkeypatch.setattr(explore, "CHECKED", 60)
     compressed, error = explore.compress(x)
@@ -311,7 +311,7 @@ def test_few_features_are_compressed(count, dim):
     assert len(compressed) == count and error <= explore.TOLERANCE
 
 
-def test_exploring_goes_on_after_a_bad_image(tmp_path, call):
+def test_explore_continues_after_a_bad_image(tmp_path, call):
     (tmp_path / "broken.png").write_text("no image")
     two, page, model = HERE / "images" / "two.png", tmp_path / "page.html", HERE / "digits.safetensors"
     status, _, (error,) = call(explore, two, tmp_path / "broken.png", "--model", model, "-o", page)
@@ -345,7 +345,7 @@ def lost_by_hand(similarity: np.ndarray, h: int, w: int, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_lost_is_what_the_paper_says(seed, monkeypatch):
+def test_lost_matches_the_text_of_the_paper(seed, monkeypatch):
     monkeypatch.setattr(find_objects, "CANDIDATES", 20)
     torch.manual_seed(seed)
     h, w = 8, 11
@@ -358,12 +358,12 @@ def test_lost_is_what_the_paper_says(seed, monkeypatch):
     assert np.array_equal(mask, lost_by_hand(similarity.double().numpy(), h, w, 20))
 
 
-def test_lost_finds_the_lesser_part_in_one_piece():
+def test_lost_finds_the_smaller_part_if_connected():
     h, w = 10, 12
     mask = torch.zeros(h, w, dtype=torch.bool)
     mask[3:6, 2:7] = True
     other = torch.zeros(h, w, dtype=torch.bool)
-    other[8, 10] = True  # is like the object, but not connected to it
+    other[8, 10] = True  # similar to the object, but not connected to it
     features = torch.where((mask | other).flatten()[:, None], torch.tensor([1.0, 0.2]), torch.tensor([-1.0, 0.2]))
     found = find_objects.lost(features @ features.T, h, w)
     assert np.array_equal(found, mask)
@@ -373,7 +373,7 @@ def test_lost_finds_the_lesser_part_in_one_piece():
     assert nothing.shape == (h, w) and not nothing.any() and find_objects.find_box(nothing, 120, 100) is None
 
 
-def test_a_mask_with_most_of_the_border_is_that_of_the_background():
+def test_a_mask_of_most_of_the_border_is_inverted():
     inside, speck = np.zeros((2, 9, 11), dtype=bool)
     inside[2:, 3:8] = True  # 5 of 36 patches of the border
     speck[0, 0] = True
@@ -399,7 +399,7 @@ def test_keys_queries_and_values_are_those_of_the_last_block(config):
         assert torch.allclose(features[name], expected[:, 32 * i : 32 * (i + 1)], atol=1e-5)
 
 
-def test_finding_objects_says_where_and_draws_it(tmp_path, call):
+def test_find_objects_prints_and_draws_the_box(tmp_path, call):
     model = random_model(TINY)
     dinoreg.save(model, tmp_path / "tiny.safetensors")
     photo = random_photo(96, 64)
@@ -441,7 +441,7 @@ def test_finding_objects_says_where_and_draws_it(tmp_path, call):
 
 
 @pytest.mark.parametrize("bias, box", [(1, [0, 0, 96, 64]), (-9, None)])
-def test_with_a_bias_all_patches_are_alike_or_none_is(tmp_path, call, bias, box):
+def test_the_bias_makes_all_patches_similar_or_none(tmp_path, call, bias, box):
     dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
     photo = random_photo(96, 64)
     photo.save(tmp_path / "photo.png")
@@ -461,12 +461,12 @@ def test_objects_found_with_fine_tuned_weights(tmp_path, call, features):
     assert status == 0 and not errors
     face, cup, _ = (json.loads(line)["box"] for line in printed.splitlines())
     assert face[0] < 160 and face[1] < 40 and face[2] > 270 and face[3] > 200  # contains the head
-    if features != "keys":  # which see all of her, and the flag
+    if features != "keys":  # whose object is all of her, and the flag
         assert 0.1 < (face[2] - face[0]) * (face[3] - face[1]) / 512**2 < 0.3
     true = [74, 13, 478, 390]  # cup and saucer
     width, height = (max(0, min(cup[i + 2], true[i + 2]) - max(cup[i], true[i])) for i in (0, 1))
     area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (cup, true))
     assert width * height / (area - width * height) > 0.85
     cat = np.asarray(Image.open(images[2])) == np.asarray(Image.open(tmp_path / "chelsea_object.png"))
-    assert cat[60:240, 120:330].mean() > 0.95  # her face is in the mask, although it fills most of the photo
-    assert cat[:60, 380:].mean() < 0.1  # what is behind her is not
+    assert cat[60:240, 120:330].mean() > 0.95  # the mask contains her face, although it fills most of the photo
+    assert cat[:60, 380:].mean() < 0.1  # and not the background

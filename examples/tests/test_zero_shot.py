@@ -106,7 +106,7 @@ def test_names_and_sizes_of_the_official_files():
 
 
 @torch.inference_mode()
-def test_a_text_does_not_depend_on_what_follows_its_end():
+def test_text_features_ignore_tokens_after_the_end():
     changed = TOKENS.clone()
     changed[0, 4:], changed[2, 2:] = 21, 33
     expected = MODEL.encode_text(TOKENS)
@@ -134,7 +134,7 @@ def test_compare_gives_cosines_of_images_and_of_patches():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The script, with a small model on a server that stands for the official host
+# The script, with a small model on a server in place of the official host
 
 
 def tokenize(texts: list[str], context_length: int = 9) -> torch.Tensor:
@@ -150,7 +150,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server of the three files, and empty caches: `hub.folder`, `hub.requests`, `hub.cache`."""
+    """A server with the three files, and empty caches: `hub.folder`, `hub.requests`, `hub.cache`."""
     folder = tmp_path / "server" / "dinov2_vitl14"
     folder.mkdir(parents=True)
     parts = MODEL.visual_model
@@ -259,7 +259,7 @@ def test_templates_and_the_cache_of_texts(hub, call, photos, tmp_path, monkeypat
     assert len(calls[0]) == len(CLASSES) * len(templates)
 
 
-def test_many_classes_are_encoded_in_parts(hub, monkeypatch):
+def test_many_classes_are_encoded_in_batches(hub, monkeypatch):
     names = [f"{word} {i}" for i in range(50) for word in ("red", "green blue")]
     templates = ["{}", "one {} here", "{} there"]
     prompts = zero_shot.make_prompts(names, templates)
@@ -274,7 +274,7 @@ def test_many_classes_are_encoded_in_parts(hub, monkeypatch):
 
     monkeypatch.setattr(zero_shot, "load", spy)
     features = zero_shot.encode_classes([*prompts.values()], argparse.Namespace(device="cpu", no_cache=True))
-    assert [encoder() for encoder in encoders] == [None]  # its memory is free again
+    assert [encoder() for encoder in encoders] == [None]  # its memory is freed
     assert sum(rows for rows, _ in seen) == 300 and len(seen) == 5 and max(columns for _, columns in seen) < 9
     vectors = MODEL.encode_text(tokenize([text for texts in prompts.values() for text in texts]), normalize=True)
     expected = F.normalize(vectors.unflatten(0, (100, 3)).mean(dim=1), dim=1)
@@ -322,7 +322,7 @@ def test_missing_files_are_named(hub, call, photos):
     assert message.endswith(f"; needed in {hub.cache}: {', '.join(names)}")
 
 
-def test_other_files_and_options_that_cannot_be(hub, call, photos, tmp_path):
+def test_wrong_files_and_options_are_reported(hub, call, photos, tmp_path):
     path = hub.folder / zero_shot.FILE.format("vision_head")
     original = path.read_bytes()
     path.write_bytes((hub.folder / zero_shot.FILE.format("text_encoder")).read_bytes())
