@@ -27,7 +27,7 @@ def weights(tmp_path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("size", [(20, 12), *(pytest.param(size, marks=pytest.mark.slow) for size in ((16, 16), (20, 20)))])
+@pytest.mark.parametrize("size", [(20, 12), pytest.param((20, 20), marks=pytest.mark.slow)])
 def test_export_of_a_classifier_to_onnx(size, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
