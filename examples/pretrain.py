@@ -236,7 +236,6 @@ def compute_losses(student, teacher, crops, masks, recipe: Recipe, temperature: 
     terms["koleo"] = sum(map(koleo_loss, cls.chunk(2)))  # not between crops of the same image
     dino = terms["dino_global"] + terms.get("dino_local", 0)
     loss = recipe.dino_weight * dino + recipe.ibot_weight * terms["ibot"] + recipe.koleo_weight * terms["koleo"]
-
     mean = all_reduce(targets.sum(dim=(0, 1)))
     entropy = torch.special.entr(targets).sum(dim=-1).mean()
     return dict(loss=loss, **terms, entropy=entropy, information=torch.special.entr(mean / mean.sum()).sum() - entropy)
@@ -393,8 +392,7 @@ def run(args: argparse.Namespace) -> int:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     share = recipe.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
     if not 0 < recipe.batch_size <= len(paths) or not share or recipe.batch_size % share:
-        limits = f"at most {len(paths)}, the number of images, and a multiple of {share}"
-        raise ValueError(f"--batch-size must be {limits}, got {recipe.batch_size}")
+        raise ValueError(f"--batch-size must be at most {len(paths)} images, a multiple of {share}, got {recipe.batch_size}")
     args.output.mkdir(parents=True, exist_ok=True)
     args.failed = set()
 
@@ -418,6 +416,8 @@ def run(args: argparse.Namespace) -> int:
         teacher = train(Network(frozen, recipe), None, paths, heads, args.output / "heads", args)
     recipe = recipe if source else replace(recipe, freeze_epochs=0.0)
     train(Network(backbone, recipe), teacher, paths, recipe, args.output, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 1 if args.failed else 0
 
 

@@ -255,7 +255,7 @@ def test_search_lists_near_duplicates_as_one(many, model, call):
         assert found["cosine"] == pytest.approx(cosines[Path(found["path"])], abs=2e-3)
 
 
-def test_search_draws_nothing_unasked(many, model, call, tmp_path, monkeypatch):
+def test_search_draws_only_with_an_output(many, model, call, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert call(search.main, many, "--model", model, "--query", many / "0" / "0.png").returncode == 0
@@ -314,7 +314,7 @@ def test_search_keeps_what_an_interrupted_run_has_done(many, model, call, monkey
     assert "23 computed, 7 from the cache" in call(search.main, many, "--model", model).stderr
 
 
-def test_search_says_what_is_wrong_in_a_line(many, model, call, cache, tmp_path):
+def test_errors_of_search_are_one_line(many, model, call, cache, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jpg").write_text("no image")
     image = many / "0" / "0.png"
@@ -597,7 +597,7 @@ def test_finetuning_trains_the_backbone(train, folder, model, tmp_path):
     assert 0 < moved[0] < moved[1] < moved[2]  # the early blocks less
 
 
-def test_layers_learn_more_slowly_the_earlier_they_are():
+def test_earlier_layers_have_lower_learning_rates():
     groups = train_classifier.parameter_groups
     model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(TINY), 3)
     found = {id(p): group for group in groups(model, lr=1.0, decay=0.5) for p in group["params"]}
@@ -616,7 +616,7 @@ def test_layers_learn_more_slowly_the_earlier_they_are():
         assert (group["lr"], group["weight_decay"]) == (lr, weight_decay)
 
 
-def test_training_says_what_is_wrong_in_a_line(train, folder, model, tmp_path):
+def test_errors_of_training_are_one_line(train, folder, model, tmp_path):
     for name in ("empty", "single/red", "few/red", "few/blue", "test/red", "test/green", "test/blue"):
         (tmp_path / name).mkdir(parents=True)
     paint(tmp_path / "single" / "red" / "0.png", COLOURS["red"])

@@ -145,7 +145,7 @@ def test_masks_are_distributed_as_official_ones(h, w, count, official):
         assert abs(values.float().mean() - mean) < 4 * std / 1000**0.5
 
 
-def test_a_mask_of_nothing():
+def test_an_empty_mask():
     assert not pretrain.random_mask(4, 4, 0).any()
 
 

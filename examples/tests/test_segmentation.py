@@ -154,13 +154,13 @@ def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
 def test_the_held_out_score_is_that_of_the_written_model(data, train, call):
     (data / "val").symlink_to(data / "images")
     status, out, _ = train("--steps", 60, "--val", data / "val", data / "masks")
-    told = float(out.split("mean IoU ")[1].partition("%")[0])
+    printed = float(out.split("mean IoU ")[1].partition("%")[0])
     for i in (8, 9):
         (data / "masks" / f"{i}.png").symlink_to(data / "masks" / "more" / f"{i}.png")
     arguments = ["--weights", data / "mine.safetensors", "--truth", data / "masks", "--output", data / "out"]
     status, out, _ = call(segment, data / "images", *arguments)
     scores = json.loads(out.splitlines()[-1])
-    assert status == 0 and 100 * scores["mean_iou"] == pytest.approx(told, abs=0.5)  # features were rounded to float16
+    assert status == 0 and 100 * scores["mean_iou"] == pytest.approx(printed, abs=0.5)  # features were rounded to float16
     assert list(scores["iou"]) == ["0", "1", "2"]  # named by their index
     assert segment.load(data / "mine.safetensors", "cpu").classes == dict(zip("012", CLASSES.values()))  # the palette
 
@@ -234,7 +234,7 @@ def test_ignored_pixels_do_not_count(data, train):
     assert not torch.equal(heads[0], dinoreg.read_tensors(data / "mine.safetensors")[0]["head.1.weight"])
 
 
-def test_what_cannot_be_used_costs_a_line_each(data, train, call):
+def test_unusable_files_are_one_line_each(data, train, call):
     (data / "images" / "0.png").write_text("no image")
     (data / "masks" / "1.png").unlink()
     (data / "images" / "2.png").unlink()
@@ -265,7 +265,7 @@ def test_a_photo_that_decodes_only_in_part_is_left_out(data, train):
         assert status == 1 and len(errors) == 1 and "images/0.png: " in errors[0]
 
 
-def test_training_says_what_is_wrong_in_a_line(call, data, model):
+def test_errors_of_training_are_one_line(call, data, model):
     for name in ("empty", "one", "one masks", "zeros"):
         (data / name).mkdir()
     photo, mask = scene(0)
@@ -386,7 +386,7 @@ def test_a_mask_fits_the_upright_photo(tmp_path):
     assert masks.read_mask(tmp_path / "mask.png", tmp_path / "turned.jpg", CLASSES, 255).shape == (32, 48)
 
 
-def test_what_is_no_mask_is_refused(tmp_path):
+def test_files_that_are_not_masks_are_refused(tmp_path):
     photo, mask = scene(0)
     photo.save(tmp_path / "photo.png")
     colours = np.array([*CLASSES.values()], np.uint8)[mask]
@@ -472,7 +472,7 @@ def test_one_annotated_photo_is_enough(data, model, call):
         assert 138 < picture.width < 148  # of the example, the photo and the result, 32 pixels high
 
 
-def test_an_annotated_photo_segmented_by_itself_comes_out_right(data, model, call):
+def test_an_annotated_photo_reproduces_its_mask(data, model, call):
     photo, mask = data / "images" / "0.png", data / "masks" / "0.png"
     arguments = ["--like", photo, mask, "--model", model, "--resolution", 120, "--truth", data / "masks"]
     status, out, errors = call(segment, photo, *arguments, "--output", data / "out")
@@ -481,7 +481,7 @@ def test_an_annotated_photo_segmented_by_itself_comes_out_right(data, model, cal
     assert scores["mean_iou"] > 0.9 and scores["pixel_accuracy"] > 0.95
 
 
-def test_what_is_like_no_annotated_patch_is_unknown(data, model, call):
+def test_patches_below_the_threshold_are_unknown(data, model, call):
     like = ["--like", data / "images" / "0.png", data / "masks" / "0.png", "--model", model]
     arguments = [data / "images" / "3.png", *like, "--resolution", 60, "--truth", data / "masks", "--output", data / "out"]
     found, unknown = {}, {}
@@ -537,7 +537,7 @@ def test_several_annotated_photos_complete_each_other(data, model, call):
         assert (json.loads(out.splitlines()[-1])["iou"]["leaf"] > 0.7) == (count == 6)
 
 
-def test_segmenting_says_what_is_wrong_in_a_line(data, model, call):
+def test_errors_of_segmenting_are_one_line(data, model, call):
     classifier = dinoreg.LinearClassifier(dinoreg.load(model), 3)
     dinoreg.save(classifier, data / "classifier.safetensors", ["a", "b", "c"])
     segment.save(segment.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors")
@@ -569,7 +569,7 @@ def test_segmenting_says_what_is_wrong_in_a_line(data, model, call):
     assert not (data / "out").exists()
 
 
-def test_segmenting_goes_on_after_a_bad_photo(data, model, call):
+def test_segmenting_continues_after_a_bad_photo(data, model, call):
     (data / "bad.jpg").write_text("no image")
     (data / "other").mkdir()
     scene(1)[0].save(data / "other" / "0.png")
