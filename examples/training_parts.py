@@ -44,8 +44,14 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """The rows (B, D) of all processes, one below the other, with gradients."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(x)) if dist.is_initialized() else x
+    """The rows of all processes: (B, D) -> (processes * B, D), for a loss whose gradients are averaged over processes."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    x.register_hook(lambda gradient: gradient * len(parts))
+    parts[dist.get_rank()] = x
+    return torch.cat(parts)
 
 
 @torch.no_grad()

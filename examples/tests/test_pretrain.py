@@ -488,6 +488,10 @@ def test_two_processes_compute_what_one_does(run, folder, tmp_path):
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     one, two = (dinoreg.load(tmp_path / name / "teacher.safetensors").state_dict() for name in ("one", "two"))
+    for weights in (one, two):  # the gradients of the key biases are rounding errors
+        for key in weights:
+            if key.endswith("qkv.bias"):
+                weights[key].chunk(3)[1].zero_()
     assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
 
 
