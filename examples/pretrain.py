@@ -273,7 +273,7 @@ def write_log(history: list[dict], folder: Path) -> None:
     with dinoreg.atomic(folder / "log.csv") as part:
         part.write_text("\n".join(lines) + "\n")
     figure = Figure(figsize=(16, 9), layout="constrained")
-    for axes, name in zip(figure.subplots(4, 5).flat, history[0]):
+    for axes, name in zip(figure.subplots(4, 5).flat, [*history[0]][2:]):  # after epoch and step
         axes.plot([row["epoch"] for row in history], [row[name] for row in history])
         axes.set_title(name)
     with dinoreg.atomic(folder / "curves.png") as part:

@@ -1,7 +1,7 @@
 """The parts of DINOv2's training, for loops of one's own: head, assignments, losses, masks, parameter groups, schedule.
 
-Each computes what its official counterpart does (facebookresearch/dinov2), and several processes compute what one would.
-Features (B, D) of images are assigned to K prototypes; M patches of a batch are masked.
+Each but init_unit_variance computes what its official counterpart in facebookresearch/dinov2 does, and several processes
+compute what one would. Features (B, D) of images are assigned to K prototypes; M patches of a batch are masked.
 """
 
 import itertools
