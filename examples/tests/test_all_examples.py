@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tqdm", reason="needs the packages of the extra `examples`")
+
 HERE = Path(__file__).parents[1]
 MODULES = {"common", "masks", "training_parts"}  # imported by the scripts
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in MODULES)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("mlxtend")
+pytest.importorskip("tqdm")
+
 import dinoreg
 import make_digits
 import train_digits
-
-pytest.importorskip("mlxtend")
 
 HERE = Path(__file__).parents[1]
 
