@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -284,23 +283,6 @@ def vote(train: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: fl
         weights = (cosines / temperature).softmax(dim=1)
         votes.append(torch.einsum("mk,mkc->mc", weights, labels[nearest]))
     return torch.cat(votes)
-
-
-def knn_accuracy(
-    function: Callable[[Tensor], Tensor], transform: dinoreg.Transform, device: str, train: list[Path], queries: list[Path]
-) -> float:
-    """The share of queries whose class, the name of their folder, is the vote of the 20 images in train of the most similar
-    features, which a function computes from images (B, 3, H, W). Images that cannot be read are left out."""
-
-    def features(paths: list[Path]) -> tuple[Tensor, np.ndarray]:
-        results = zip(paths, apply(function, paths, transform, device))
-        rows, names = zip(*((x.float(), path.parent.name) for path, x in results if isinstance(x, Tensor)))
-        return torch.stack(rows), np.array(names)
-
-    (x, names), (y, truth) = features(train), features(queries)
-    classes = np.unique(names)
-    labels = torch.from_numpy(names[:, None] == classes).float()
-    return float((classes[vote(x, labels, y, k=20).argmax(dim=1)] == truth).mean())
 
 
 def to_pixels(x: Tensor, transform: dinoreg.Transform) -> Tensor:

@@ -10,8 +10,12 @@ For official models, the accuracy stated in the official README is printed below
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 import common
 import dinoreg
@@ -60,6 +64,23 @@ def find_labelled(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int]]
         raise ValueError(f"{folder}: some sub-folders are named like classes of the model, but {unknown[0]!r} is not")
     order = range(len(labels)) if unknown else [labels.index(path.name) for path in folders]
     return [(path, i) for one, i in zip(folders, order) for path in dinoreg.find_images([one]) if path != one]
+
+
+def knn_accuracy(
+    function: Callable[[Tensor], Tensor], transform: dinoreg.Transform, device: str, train: list[Path], queries: list[Path]
+) -> float:
+    """The share of queries whose class, the name of their folder, is the vote of the 20 images in train of the most similar
+    features, which a function computes from images (B, 3, H, W). Images that cannot be read are left out."""
+
+    def features(paths: list[Path]) -> tuple[Tensor, np.ndarray]:
+        results = zip(paths, common.apply(function, paths, transform, device))
+        rows, names = zip(*((x.float(), path.parent.name) for path, x in results if isinstance(x, Tensor)))
+        return torch.stack(rows), np.array(names)
+
+    (x, names), (y, truth) = features(train), features(queries)
+    classes = np.unique(names)
+    labels = torch.from_numpy(names[:, None] == classes).float()
+    return float((classes[common.vote(x, labels, y, k=20).argmax(dim=1)] == truth).mean())
 
 
 def run(args: argparse.Namespace) -> int:

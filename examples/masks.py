@@ -20,12 +20,14 @@ View = tuple[Image.Image, np.ndarray | None]  # a photo and the mask to draw on 
 
 def read_classes(path: Path) -> Classes:
     """The classes of a text file: one name per line, in the order of the indices, with or without a colour, #rrggbb."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file of class names in UTF-8") from None
     parts = [re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line).groups() for line in lines]
     classes = {name: tuple(bytes.fromhex(colour)) if colour else default_colour(i) for i, (name, colour) in enumerate(parts)}
-    if not 2 <= len(classes) <= IGNORED or len(classes) < len(lines) or "\ufffd" in text:
-        raise ValueError(f"{path}: not a text file (UTF-8) of 2 to {IGNORED} different class names, one per line")
+    if not 2 <= len(classes) <= IGNORED or len(classes) < len(lines):
+        raise ValueError(f"{path}: must hold 2 to {IGNORED} different class names, one per line")
     return classes
 
 
@@ -66,10 +68,12 @@ def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> 
     if pixels.shape[:2] != (height, width):
         raise ValueError(f"{path}: the mask is {pixels.shape[1]} x {pixels.shape[0]} pixels, its photo {width} x {height}")
     if mode in ("RGB", "RGBA"):
-        known = {int.from_bytes(colour, "big"): i for i, colour in enumerate((classes or {}).values())}
+        if classes is None:
+            raise ValueError(f"{path}: a mask of colours needs --classes, a file with a name and a colour on each line")
+        known = {int.from_bytes(colour, "big"): i for i, colour in enumerate(classes.values())}
         values, pixels = np.unique(pixels[..., :3] @ [65536, 256, 1], return_inverse=True)
         for value in {*values.tolist()} - {*known}:
-            raise ValueError(f"{path}: no class has the colour #{value:06x}; this needs --classes with the #rrggbb of each")
+            raise ValueError(f"{path}: no class has the colour #{value:06x}")
         pixels = np.array([known[value] for value in values.tolist()])[pixels.reshape(height, width)]
     if pixels.ndim != 2 or pixels.dtype.kind == "f":
         raise ValueError(f"{path}: a mask holds class indices or RGB colours, not pixels of mode {mode}")

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 import common
 import dinoreg
+from evaluate import knn_accuracy
 from training_parts import (
     DINOHead,
     all_reduce,
@@ -63,7 +64,7 @@ class Recipe:
     local_size: int = 98  # 96
     local_scale: tuple = (0.05, 0.32)
     flip: float = 0.5
-    rotate: float = 0.0  # degrees, by up to which crops are rotated and sheared: for images without an upright
+    rotate: float = 0.0  # degrees: crops are rotated and sheared by up to this; for images without a top and a bottom
     jitter: float = 0.8  # by up to 0.4, 0.4, 0.2, 0.1 in brightness, contrast, saturation, hue
     grey: float = 0.2
     blur: tuple = (0.0, 0.9, 0.5)  # of both global crops and the local ones; official files say 1, 0.1, 0.5, but invert it
@@ -93,7 +94,7 @@ class Recipe:
     epoch_length: int = 1250  # steps; 0: as many as the folder has batches
     warmup_epochs: float = 80.0  # 10
     freeze_last_layer_epochs: float = 1.0
-    freeze_epochs: float = 1.0  # only heads are trained: of --model and --teacher, which come without
+    freeze_epochs: float = 1.0  # only heads are trained at first, as --model and --teacher come without heads
     base_lr: float = 2e-4  # times sqrt(batch_size / 1024); 4e-3
     min_lr: float = 1e-6
     betas: tuple = (0.9, 0.999)
@@ -114,12 +115,10 @@ class Recipe:
 ONE_GPU = Recipe(prototypes=16384, bottleneck_dim=256, ibot_prototypes=16384, batch_size=128, epochs=100.0, epoch_length=0)
 ONE_GPU = replace(ONE_GPU, warmup_epochs=10.0, base_lr=2e-3, momentum_teacher=0.992, drop_path_rate=0.1)
 # Few steps: a sharp teacher that follows fast, branches that count from the start, no tenth of the run for warming up.
-SHORT = dict(
-    teacher_temp=0.02, warmup_teacher_temp=0.02, momentum_teacher=0.97, base_lr=6e-3, layerscale_init=1.0, init="unit"
-)
+SHORT = dict(teacher_temp=0.02, warmup_teacher_temp=0.02, momentum_teacher=0.97, base_lr=6e-3, layerscale_init=1.0)
 SHORT |= dict(warmup_epochs=2.0, patch_embed_lr_mult=1.0, weight_decay_end=0.1, koleo_weight=0.2, drop_path_rate=0.0)
 HEADS = dict(prototypes=128, ibot_prototypes=128, hidden_dim=256, bottleneck_dim=64, ibot_bottleneck_dim=64)
-LAPTOP = replace(ONE_GPU, **SHORT, **HEADS, global_size=112, local_size=56, local_crops=4, batch_size=64)
+LAPTOP = replace(ONE_GPU, **SHORT, **HEADS, global_size=112, local_size=56, local_crops=4, batch_size=64, init="unit")
 PRESETS = {  # the architecture of a new model, and the recipe; the last two are starting points
     "official": (dinoreg.CONFIGS["vitl14_reg"], Recipe()),
     "gpu": (dinoreg.CONFIGS["vits14_reg"], ONE_GPU),
@@ -309,7 +308,7 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
     sample = paths[:: math.ceil(len(paths) / 10000)]
     queries = dinoreg.find_images([args.val]) if args.val else sample[::10]
     others = sample if args.val else [path for i, path in enumerate(sample) if i % 10]
-    accuracy = functools.partial(common.knn_accuracy, transform=transform, device=device, train=others, queries=queries)
+    accuracy = functools.partial(knn_accuracy, transform=transform, device=device, train=others, queries=queries)
     has_classes = rank == 0 and len({path.parent for path in sample}) > 1
     if has_classes and start == 0:
         print(f"k-NN on pixels {accuracy(nn.Flatten()):.4g}, before training {accuracy(ema.backbone.embed):.4g}", flush=True)
@@ -344,9 +343,9 @@ def train(student: Network, teacher: Network | None, paths, recipe: Recipe, fold
         parts, waited = [read_part() for _ in range(recipe.accumulate)], time.perf_counter() - began
         torch.manual_seed(hash((recipe.seed, 3, step, rank)))  # of stochastic depth
         terms = train_step(parallel, teacher, ema, optimizer, parts, recipe, now, distil)
-        values = all_reduce(torch.stack([*terms.values()])) / world
-        rows.append(dict(zip(terms, values.tolist()), waited=waited, seconds=time.perf_counter() - began))
-        stop = all_reduce(torch.tensor(len(stops), device=device)) > 0  # in all processes at the same step
+        stop = torch.tensor(float(len(stops)), device=device)  # all processes stop after the same step
+        *values, stop = (all_reduce(torch.stack([*terms.values(), stop])) / world).tolist()
+        rows.append(dict(zip(terms, values), waited=waited, seconds=time.perf_counter() - began))
         if not math.isfinite(rows[-1]["loss"]):
             raise ValueError(f"the loss is not finite in step {step}; a lower --base-lr or --clip-grad may help")
         if log := step % every == 0 or step == steps:

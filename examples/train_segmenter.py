@@ -22,8 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
@@ -82,10 +84,11 @@ def train(model: Segmenter, pairs: list[Pair], features: common.Features, ignore
     device, P = model.backbone.pos_embed.device, model.backbone.patch_size
 
     def read(pair: Pair) -> tuple[Tensor, Tensor]:
-        x = features[pair[0]].float().to(device)
-        mask = torch.from_numpy(read_mask(pair[1], pair[0], model.classes, ignore))[None, None]
-        mask = F.interpolate(mask, (x.shape[1] * P, x.shape[2] * P), mode="nearest-exact")
-        return x, mask[0].long().to(device)  # (layers * D, h, w) and (1, H, W)
+        photo, path = pair
+        _, h, w = features[photo].shape
+        mask = Image.fromarray(read_mask(path, photo, model.classes, ignore))
+        mask = np.array(mask.resize((w * P, h * P), Image.Resampling.NEAREST))
+        return features[photo].float(), torch.from_numpy(mask)[None].long()  # (layers * D, h, w) and (1, H, W)
 
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.04, anneal_strategy="linear", cycle_momentum=False)
@@ -93,6 +96,7 @@ def train(model: Segmenter, pairs: list[Pair], features: common.Features, ignore
     batches = common.read_ahead(read, common.split_batches(order, BATCH))
     model.head.train()
     for batch in (bar := tqdm(batches, total=steps, unit="step")):
+        batch = [(x.to(device), mask.to(device)) for x, mask in batch]
         tokens = torch.cat([x.flatten(1) for x, _ in batch], dim=1)  # of all photos together: (layers * D, N)
         logits = model.head(tokens[None, ..., None])[..., 0].split([x[0].numel() for x, _ in batch], dim=2)
         loss, labelled = 0, 0

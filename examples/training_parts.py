@@ -1,4 +1,4 @@
-"""The parts of DINOv2's training, for loops of one's own: head, assignments, losses, masks, parameter groups, schedule.
+"""The parts of DINOv2's training, for your own training loops: head, assignments, losses, masks, parameter groups, schedule.
 
 Each but init_unit_variance computes what its official counterpart in facebookresearch/dinov2 does, and several processes
 compute what one would. Features (B, D) of images are assigned to K prototypes; M patches of a batch are masked.
@@ -37,7 +37,7 @@ class DINOHead(nn.Module):
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """x, which becomes its sum over all processes."""
+    """Sum x over all processes, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -56,7 +56,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Assignments (B, K), float32, by logits (B, K): those of a sample sum to 1, and all prototypes get the same in total,
+    """Assignments (B, K), float32, from logits (B, K): those of a sample sum to 1, and all prototypes get the same in total,
     over all processes. Official: DINOLoss.sinkhorn_knopp_teacher."""
     Q = (logits.float() / temperature).exp()
     samples, prototypes = all_reduce(torch.tensor(float(len(Q)), device=Q.device)), Q.shape[1]
