@@ -1,13 +1,14 @@
 """Convert weights of DINOv2, with or without registers, between all published formats.
 
-    python convert_weights.py vits14_reg_lc -o classifier.safetensors                  # an official model, by name
-    python convert_weights.py backbone.pth --head head.pth -o classifier.safetensors   # official files
+    python convert_weights.py vits14_reg_lc -o classifier.safetensors  # an official model, by name
+    python convert_weights.py backbone.pth --head head.pth -o model.safetensors  # official files
     python convert_weights.py facebook/dinov2-with-registers-small -o small.safetensors
     python convert_weights.py classifier.safetensors --to hf -o folder
 
-It reads official files, Hugging Face repositories and folders (of any age, in one file or in shards), timm files,
-checkpoints of Meta's training code, and dinoreg's own files. The names of the tensors tell which format a file has. All but
-training checkpoints can be written. Every conversion goes through the official names.
+It reads official files, Hugging Face repositories and folders (of any age, in one file or in
+shards), timm files, checkpoints of Meta's training code, and dinoreg's own files. The names of the
+tensors tell which format a file has. All but training checkpoints can be written. Every conversion
+goes through the official names.
 """
 
 import argparse
@@ -26,25 +27,26 @@ from torch import Tensor
 import dinoreg
 from dinoreg import Config, DinoVisionTransformer, LinearClassifier, Transform
 
-# The names of the same parameters in each dialect. "#" is the block: "blocks.0", or "encoder.layer.0" in Hugging Face's.
-# Braces list the parts that are concatenated into one official tensor. "hf" are the names in files on the hub, which all
-# versions of transformers write; the last column has the names that version 5 uses in memory, where they differ.
+# The names of the same parameters in each dialect. "#" is the block: "blocks.0", or
+# "encoder.layer.0" in Hugging Face's. Braces list the parts that are concatenated into one official
+# tensor. "hf" are the names in files on the hub, which all versions of transformers write; the last
+# column has the names that version 5 uses in memory, where they differ.
 TABLE = """
-official          timm              hf                                       hf5
+official          timm              hf                                      hf5
 cls_token         cls_token         embeddings.cls_token
 mask_token        -                 embeddings.mask_token
 register_tokens   reg_token         embeddings.register_tokens
 pos_embed         pos_embed         embeddings.position_embeddings
 patch_embed.proj  patch_embed.proj  embeddings.patch_embeddings.projection
 #.norm1           #.norm1           #.norm1
-#.attn.qkv        #.attn.qkv        #.attention.attention.{query,key,value}  #.attention.{q,k,v}_proj
-#.attn.proj       #.attn.proj       #.attention.output.dense                 #.attention.o_proj
+#.attn.qkv        #.attn.qkv        #.attention.attention.{query,key,value} #.attention.{q,k,v}_proj
+#.attn.proj       #.attn.proj       #.attention.output.dense                #.attention.o_proj
 #.ls1.gamma       #.ls1.gamma       #.layer_scale1.lambda1
 #.norm2           #.norm2           #.norm2
 #.mlp.fc1         #.mlp.fc1         #.mlp.fc1
 #.mlp.fc2         #.mlp.fc2         #.mlp.fc2
-#.mlp.w12         #.mlp.fc1         #.mlp.weights_in                         #.mlp.{gate,up}_proj
-#.mlp.w3          #.mlp.fc2         #.mlp.weights_out                        #.mlp.down_proj
+#.mlp.w12         #.mlp.fc1         #.mlp.weights_in                        #.mlp.{gate,up}_proj
+#.mlp.w3          #.mlp.fc2         #.mlp.weights_out                       #.mlp.down_proj
 #.ls2.gamma       #.ls2.gamma       #.layer_scale2.lambda1
 norm              norm              layernorm
 """
@@ -54,28 +56,45 @@ BLOCKS = {"official": "blocks.", "timm": "blocks.", "hf": "encoder.layer.", "hf5
 
 
 def rename(tensors: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """The tensors of a backbone with the names of another dialect, concatenated or split as it requires.
+    """The tensors of a backbone with the names of another dialect, concatenated or split as it
+    requires.
 
-    Raises a ValueError for a name that the source dialect does not know, and for a missing part of a joined tensor.
+    Raises a ValueError for a name that the source dialect does not know, and for a missing part of
+    a joined tensor.
     """
     tensors, renamed = dict(tensors), dict[str, Tensor]()
     packed = source == "timm" and is_packed_swiglu(tensors)
-    blocks = {key.removeprefix(BLOCKS[source]).split(".")[0] for key in tensors if key.startswith(BLOCKS[source])}
+    blocks = {
+        key.removeprefix(BLOCKS[source]).split(".")[0]
+        for key in tensors
+        if key.startswith(BLOCKS[source])
+    }
     for row in NAMES:
         if packed and row["official"] in ("#.mlp.fc1", "#.mlp.fc2"):
             continue
-        for block, suffix in itertools.product(blocks if "#" in row[source] else [""], ("", ".weight", ".bias")):
+        for block, suffix in itertools.product(
+            blocks if "#" in row[source] else [""], ("", ".weight", ".bias")
+        ):
             old, new = (
-                [name.replace("#", BLOCKS[dialect] + block) + suffix for name in expand(row[dialect])]
+                [
+                    name.replace("#", BLOCKS[dialect] + block) + suffix
+                    for name in expand(row[dialect])
+                ]
                 for dialect in (source, target)
             )
             if found := [key for key in old if key in tensors]:
                 if found != old:
-                    raise ValueError(f"{min(set(old) - set(found))} is missing; there is {found[0]}")
+                    raise ValueError(
+                        f"{min(set(old) - set(found))} is missing; there is {found[0]}"
+                    )
                 parts = [tensors.pop(key) for key in old]
-                renamed |= zip(new, parts if len(new) == len(old) else torch.cat(parts).chunk(len(new)))
+                renamed |= zip(
+                    new, parts if len(new) == len(old) else torch.cat(parts).chunk(len(new))
+                )
     if tensors:
-        raise ValueError(f"{min(tensors)}: a DINOv2 in the {source} dialect has no tensor of this name")
+        raise ValueError(
+            f"{min(tensors)}: a DINOv2 in the {source} dialect has no tensor of this name"
+        )
     renamed.pop("-", None)
     return renamed
 
@@ -95,17 +114,28 @@ def is_packed_swiglu(tensors: dict[str, Tensor]) -> bool:
 
 def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Remove the tensors whose names begin with a prefix; return them, without the prefix."""
-    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): tensors.pop(key)
+        for key in list(tensors)
+        if key.startswith(prefix)
+    }
 
 
-# What stands at the end of the name of the tensor by which a backbone is found; what stands before it is the prefix.
-PATCHES = re.compile(r"(?:^|(?<=\.))(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight$")
-WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What stands at the end of the name of the tensor by which a backbone is found; what stands before
+# it is the prefix.
+PATCHES = re.compile(
+    r"(?:^|(?<=\.))(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight$"
+)
+WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 AVERAGED = re.compile(r"(?:^|[._])(?:teacher|ema|swa|averaged|momentum|target)(?:[._]|$)")
 
 
 def flatten(checkpoint: dict, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dicts, with the names that PyTorch would give them, without those of wrapping modules."""
+    """The tensors of nested dicts, with the names that PyTorch would give them, without those of
+    wrapping modules.
+    """
     tensors: dict[str, Tensor] = {}
     for key, value in checkpoint.items():
         if isinstance(value, dict):
@@ -116,20 +146,32 @@ def flatten(checkpoint: dict, prefix: str = "") -> dict[str, Tensor]:
 
 
 def find_backbone(tensors: dict[str, Tensor], wanted: str | None) -> str:
-    """The prefix of the names of the backbone's tensors. Raises a ValueError unless there is one that is to be taken."""
+    """The prefix of the names of the backbone's tensors. Raises a ValueError unless there is one
+    that is to be taken.
+    """
     prefixes = sorted({PATCHES.sub("", key) for key in tensors if PATCHES.search(key)})
     if not prefixes:
-        raise ValueError(f"no DINOv2: patch_embed.proj.weight is missing; the first tensor is {min(tensors, default=None)}")
+        raise ValueError(
+            "no DINOv2: patch_embed.proj.weight is missing; "
+            f"the first tensor is {min(tensors, default=None)}"
+        )
     if wanted is not None:
         if wanted not in prefixes:
-            raise ValueError(f"no backbone has the prefix {wanted!r}; there are {', '.join(map(repr, prefixes))}")
+            raise ValueError(
+                f"no backbone has the prefix {wanted!r}; there are {', '.join(map(repr, prefixes))}"
+            )
         return wanted
     if len(prefixes) == 1:
         return prefixes[0]
     averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
     if len(averaged) != 1:
-        raise ValueError(f"several backbones, choose one with --prefix: {', '.join(map(repr, prefixes))}")
-    note(f"took the averaged weights {averaged[0]!r}, not {', '.join(repr(x) for x in prefixes if x != averaged[0])}")
+        raise ValueError(
+            f"several backbones, choose one with --prefix: {', '.join(map(repr, prefixes))}"
+        )
+    note(
+        f"took the averaged weights {averaged[0]!r}, "
+        f"not {', '.join(repr(x) for x in prefixes if x != averaged[0])}"
+    )
     return averaged[0]
 
 
@@ -142,8 +184,9 @@ def to_official(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """A checkpoint of any dialect as (backbone, head or {}, dialect), with official names.
 
-    prefix selects one of several backbones. no_embed_class is timm's argument of that name; None infers it from the shapes.
-    Tensors beside the backbone are left out and reported. Raises a ValueError that names a tensor unknown to the dialect.
+    prefix selects one of several backbones. no_embed_class is timm's argument of that name; None
+    infers it from the shapes. Tensors beside the backbone are left out and reported. Raises a
+    ValueError that names a tensor unknown to the dialect.
     """
     beside = flatten(checkpoint)
     prefix = find_backbone(beside, prefix)
@@ -151,37 +194,59 @@ def to_official(
     if not prefix:
         beside = {}
     hugging_face = "embeddings.patch_embeddings.projection.weight" in tensors
-    dialect = "hf" if hugging_face else "timm" if "reg_token" in tensors or is_packed_swiglu(tensors) else "official"
+    dialect = (
+        "hf"
+        if hugging_face
+        else "timm"
+        if "reg_token" in tensors or is_packed_swiglu(tensors)
+        else "official"
+    )
     if any(".attention.q_proj." in key for key in tensors):
         dialect = "hf5"
     if other := sorted(key for key in tensors if key.split(".")[0] in OTHER_MODELS):
-        raise ValueError(f"{other[0]}: a DINOv2 has no such layer, and would not give what this model gives")
+        raise ValueError(
+            f"{other[0]}: a DINOv2 has no such layer, and would not give what this model gives"
+        )
 
     parent = ".".join([*prefix.split(".")[:-2], ""])  # of "model.backbone.": "model."
     name = "classifier." if hugging_face else "linear_head."
     head = take(tensors, name) or take(beside, parent + name)
     cls_head = {} if hugging_face else take(tensors, "head.")
     known = {row[dialect].replace("#", BLOCKS[dialect]).split(".")[0] for row in NAMES}
-    beside |= {prefix + key: tensors.pop(key) for key in list(tensors) if key.split(".")[0] not in known}
+    beside |= {
+        prefix + key: tensors.pop(key) for key in list(tensors) if key.split(".")[0] not in known
+    }
     # Training checkpoints keep blocks in chunks: blocks.<chunk>.<index>, where the index is global.
-    tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): x for key, x in tensors.items()}
+    tensors = {
+        re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): x for key, x in tensors.items()
+    }
     tensors = add_absent(rename(tensors, dialect, "official"))
     if "reg_token" in known and "register_tokens" in tensors:
         place_registers(tensors, no_embed_class)
 
     D = tensors["cls_token"].shape[-1]
-    if head and (head_width(head) <= D or head_width(head) % D or (hugging_face and head_width(head) != 2 * D)):
+    if head and (
+        head_width(head) <= D
+        or head_width(head) % D
+        or (hugging_face and head_width(head) != 2 * D)
+    ):
         beside |= {prefix + name: head.popitem()[1]}
         head = {}
-    if cls_head and head_width(cls_head) == D:  # the input is the CLS token only: the weights for the mean patch token are 0
-        head = cls_head | {"weight": torch.cat([cls_head["weight"], torch.zeros_like(cls_head["weight"])], dim=1)}
+    if cls_head and head_width(cls_head) == D:
+        # The input is the CLS token only: the weights for the mean patch token are 0.
+        head = cls_head | {
+            "weight": torch.cat([cls_head["weight"], torch.zeros_like(cls_head["weight"])], dim=1)
+        }
     elif cls_head:
         beside |= {prefix + "head": cls_head.popitem()[1]}
     if beside:
         names = [key.split(".") for key in [prefix, *beside]]
         shared = next(i for i, parts in enumerate(zip(*names)) if len(set(parts)) > 1)
         modules = sorted({name[shared] for name in names[1:]})
-        note(f"left out, beside the backbone: {', '.join(modules[:8])}{', ...' if len(modules) > 8 else ''}")
+        note(
+            "left out, beside the backbone: "
+            f"{', '.join(modules[:8])}{', ...' if len(modules) > 8 else ''}"
+        )
     return tensors, head, dialect
 
 
@@ -196,7 +261,9 @@ def head_width(head: dict[str, Tensor]) -> int:
 
 
 def add_absent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a backbone with those that its model does without: masks and biases that are 0, LayerScale of 1."""
+    """The tensors of a backbone with those that its model does without: masks and biases that are
+    0, LayerScale of 1.
+    """
     weight = tensors["patch_embed.proj.weight"]
     D, absent = len(weight), {"mask_token": weight.new_zeros(1, len(weight))}
     blocks = {key.removesuffix(".norm1.weight") for key in tensors if key.endswith(".norm1.weight")}
@@ -213,8 +280,9 @@ def add_absent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def place_registers(tensors: dict[str, Tensor], no_embed_class: bool | None) -> None:
     """Move timm's positions to where the official model has them.
 
-    With no_embed_class, timm has added the position of CLS to it, and pos_embed has rows for patches only. Without it, the
-    rows are those of CLS, of the registers, which have no position here, and of the patches.
+    With no_embed_class, timm has added the position of CLS to it, and pos_embed has rows for
+    patches only. Without it, the rows are those of CLS, of the registers, which have no position
+    here, and of the patches.
     """
     registers, positions = tensors["register_tokens"], tensors["pos_embed"]
     R, rows = registers.shape[1], positions.shape[1]
@@ -227,12 +295,19 @@ def place_registers(tensors: dict[str, Tensor], no_embed_class: bool | None) -> 
         tensors["pos_embed"] = torch.cat([positions[:, :1], positions[:, 1 + R :]], dim=1)
 
 
-def from_official(model: DinoVisionTransformer | LinearClassifier, dialect: str) -> dict[str, Tensor]:
-    """The state dict of a model in another dialect. Raises a ValueError if the dialect has no such classifier."""
+def from_official(
+    model: DinoVisionTransformer | LinearClassifier, dialect: str
+) -> dict[str, Tensor]:
+    """The state dict of a model in another dialect. Raises a ValueError if the dialect has no such
+    classifier.
+    """
     model, config, tensors = dinoreg.describe_model(model)
     h, w = config.grid
     if h != w:
-        raise ValueError(f"a position embedding of {h} x {w} patches is not square: only dinoreg's own files can hold it")
+        raise ValueError(
+            f"a position embedding of {h} x {w} patches is not square: "
+            "only dinoreg's own files can hold it"
+        )
     if dialect == "official":
         return tensors
     head = take(tensors, "linear_head.")
@@ -240,23 +315,32 @@ def from_official(model: DinoVisionTransformer | LinearClassifier, dialect: str)
     D = tensors["cls_token"].shape[-1]
     if dialect == "timm":
         if "register_tokens" in tensors:
-            cls_position, tensors["pos_embed"] = tensors["pos_embed"].split([1, tensors["pos_embed"].shape[1] - 1], dim=1)
+            cls_position, tensors["pos_embed"] = tensors["pos_embed"].split(
+                [1, tensors["pos_embed"].shape[1] - 1], dim=1
+            )
             tensors["cls_token"] = tensors["cls_token"] + cls_position
         if head and (head["weight"].shape[1] != 2 * D or head["weight"][:, D:].any()):
-            raise ValueError("timm's classifiers use the CLS token only, this one more; write its backbone instead")
+            raise ValueError(
+                "timm's classifiers use the CLS token only, this one more; "
+                "write its backbone instead"
+            )
         if head:
             head["weight"] = head["weight"][:, :D]
-        return rename(tensors, "official", "timm") | {f"head.{key}": tensor for key, tensor in head.items()}
+        return rename(tensors, "official", "timm") | {
+            f"head.{key}": tensor for key, tensor in head.items()
+        }
 
     if head and head["weight"].shape[1] != 2 * D:
-        raise ValueError("Hugging Face's classifiers use one layer, this one more (official models: --layers 1)")
+        raise ValueError(
+            "Hugging Face's classifiers use one layer, this one more (official models: --layers 1)"
+        )
     tensors = rename(tensors, "official", dialect)
     if head:
         tensors = {f"{hf_type(model.config)}.{key}": tensor for key, tensor in tensors.items()}
     return tensors | {f"classifier.{key}": tensor for key, tensor in head.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hugging Face's folders
 
 
@@ -265,16 +349,21 @@ def hf_type(config: Config) -> str:
 
 
 def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
-    """The contents of Hugging Face's config.json for a model. Raises a ValueError if it cannot describe the model."""
+    """The contents of Hugging Face's config.json for a model. Raises a ValueError if it cannot
+    describe the model.
+    """
     model, config, _ = dinoreg.describe_model(model)
     mlp_ratio = round(config.mlp_ratio)  # an integer there
     if dataclasses.replace(config, mlp_ratio=mlp_ratio).hidden_dim != config.hidden_dim:
         raise ValueError(
-            f"mlp_ratio is {config.mlp_ratio:g}, which Hugging Face's config.json, with integers only, cannot say"
+            f"mlp_ratio is {config.mlp_ratio:g}, "
+            "which Hugging Face's config.json, with integers only, cannot say"
         )
     stem = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
     described = {
-        "architectures": [stem + ("ForImageClassification" if isinstance(model, LinearClassifier) else "Model")],
+        "architectures": [
+            stem + ("ForImageClassification" if isinstance(model, LinearClassifier) else "Model")
+        ],
         "model_type": hf_type(config),
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
@@ -310,7 +399,9 @@ def hf_preprocessor(transform: Transform) -> dict:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": hf_size(transform.resize),
-        "resample": next(number for number, name in RESAMPLING.items() if name == transform.resampling),
+        "resample": next(
+            number for number, name in RESAMPLING.items() if name == transform.resampling
+        ),
         "do_center_crop": transform.crop is not None,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -324,23 +415,47 @@ def hf_preprocessor(transform: Transform) -> dict:
 
 
 def hf_size(size: int | tuple[int, int]) -> dict[str, int]:
-    return {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]}
+    return (
+        {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]}
+    )
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# The defaults of Hugging Face's image processors; the first value says whether an integer size is the side of a square.
-BIT = {"size": 224, "resample": 3, "do_center_crop": True, "crop_size": 224, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-VIT = {"size": 224, "resample": 2, "do_center_crop": False, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+# The defaults of Hugging Face's image processors; the first value says whether an integer size is
+# the side of a square.
+BIT = {
+    "size": 224,
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+VIT = {
+    "size": 224,
+    "resample": 2,
+    "do_center_crop": False,
+    "image_mean": (0.5,) * 3,
+    "image_std": (0.5,) * 3,
+}
 DEIT = BIT | {"size": 256, "image_mean": dinoreg.IMAGENET_MEAN, "image_std": dinoreg.IMAGENET_STD}
 PROCESSORS = {"Bit": (False, BIT), "CLIP": (False, BIT), "ViT": (True, VIT), "DeiT": (True, DEIT)}
 
 
 def transform_from_hf(described: dict) -> Transform:
-    """The transform of Hugging Face's preprocessor_config.json. Raises a ValueError that names what it cannot express."""
-    kind = described.get("image_processor_type") or described.get("feature_extractor_type") or "BitImageProcessor"
+    """The transform of Hugging Face's preprocessor_config.json. Raises a ValueError that names what
+    it cannot express.
+    """
+    kind = (
+        described.get("image_processor_type")
+        or described.get("feature_extractor_type")
+        or "BitImageProcessor"
+    )
     family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
     if family not in PROCESSORS:
-        raise ValueError(f"preprocessor_config.json: {kind} is not supported; known are {', '.join(PROCESSORS)}")
+        raise ValueError(
+            f"preprocessor_config.json: {kind} is not supported; known are {', '.join(PROCESSORS)}"
+        )
     square, defaults = PROCESSORS[family]
     values = defaults | {key: value for key, value in described.items() if value is not None}
     if family == "ViT":
@@ -352,7 +467,9 @@ def transform_from_hf(described: dict) -> Transform:
         factor = key == "rescale_factor" and abs(value * 255 - 1) > 1e-6
         other = key in ("crop_pct", "size_divisor", "offset", "pad_size") and value
         if unknown or needed or factor or other:
-            raise ValueError(f"preprocessor_config.json: {key} = {json.dumps(value)} is not supported")
+            raise ValueError(
+                f"preprocessor_config.json: {key} = {json.dumps(value)} is not supported"
+            )
     size, crop = values["size"], values.get("crop_size", 0)
     if isinstance(size, int):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
@@ -361,11 +478,14 @@ def transform_from_hf(described: dict) -> Transform:
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     if values["resample"] not in RESAMPLING:
         raise ValueError(
-            f"preprocessor_config.json: resample = {values['resample']} is not supported; known are {RESAMPLING}"
+            "preprocessor_config.json: "
+            f"resample = {values['resample']} is not supported; known are {RESAMPLING}"
         )
     normal = values.get("do_normalize", True)
     return Transform(
-        resize=size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"]),
+        resize=size["shortest_edge"]
+        if "shortest_edge" in size
+        else (size["height"], size["width"]),
         crop=(crop["height"], crop["width"]) if values["do_center_crop"] else None,
         resampling=RESAMPLING[values["resample"]],
         mean=tuple(values["image_mean"]) if normal else (0.0, 0.0, 0.0),
@@ -374,13 +494,17 @@ def transform_from_hf(described: dict) -> Transform:
 
 
 def transform_from_timm(described: dict) -> Transform:
-    """The transform of `pretrained_cfg` in timm's config.json. Raises a ValueError that names what it cannot express."""
+    """The transform of `pretrained_cfg` in timm's config.json. Raises a ValueError that names what
+    it cannot express.
+    """
     crop = described.get("input_size", [3, 224, 224])[1:]
     mode, share = described.get("crop_mode", "center"), described.get("crop_pct", 0.875)
     resize = [math.floor(side / share) for side in crop]
     resampling = described.get("interpolation", "bicubic")
     if mode not in ("center", "squash") or (mode == "center" and crop[0] != crop[1]):
-        raise ValueError(f"config.json: crop_mode = {mode!r} for {crop[0]} x {crop[1]} pixels is not supported")
+        raise ValueError(
+            f"config.json: crop_mode = {mode!r} for {crop[0]} x {crop[1]} pixels is not supported"
+        )
     return Transform(
         resize=resize[0] if mode == "center" else (resize[0], resize[1]),
         crop=(crop[0], crop[1]),
@@ -390,7 +514,8 @@ def transform_from_timm(described: dict) -> Transform:
     )
 
 
-# Heads of timm's architectures of other widths than the official ones: "vit_huge_patch14_224" has 16.
+# Heads of timm's architectures of other widths than the official ones:
+# "vit_huge_patch14_224" has 16.
 TIMM_HEADS = {
     "vit_tiny": 3,
     "vit_small": 6,
@@ -403,7 +528,9 @@ TIMM_HEADS = {
 
 
 def check_described(described: dict) -> None:
-    """Raise a ValueError for a setting in config.json that changes the outputs and is not supported here."""
+    """Raise a ValueError for a setting in config.json that changes the outputs and is not supported
+    here.
+    """
     arguments = described.get("model_args", {})
     fixed = {
         "hidden_act": "gelu",
@@ -416,7 +543,9 @@ def check_described(described: dict) -> None:
         if value is not None and value != only and not swiglu:
             raise ValueError(f"config.json: {key} is {value!r}; supported is {only!r} only")
     if described.get("id2label") and len(described["id2label"]) == 1:
-        raise ValueError("config.json: a head of one class (id2label) is a regression, not a classifier")
+        raise ValueError(
+            "config.json: a head of one class (id2label) is a regression, not a classifier"
+        )
     for key, allowed in {
         "global_pool": ("token", ""),
         "act_layer": ("gelu", "silu"),
@@ -424,40 +553,66 @@ def check_described(described: dict) -> None:
         "class_token": (True,),
     }.items():
         if key in arguments and arguments[key] not in allowed:
-            raise ValueError(f"config.json: {key} is {arguments[key]!r}; supported is {allowed[0]!r} only")
+            raise ValueError(
+                f"config.json: {key} is {arguments[key]!r}; supported is {allowed[0]!r} only"
+            )
 
 
 def hf_folder(repo_id: str) -> Path:
-    """The local folder of a repository on the Hugging Face hub, downloaded into the hub's own cache."""
+    """The local folder of a repository on the Hugging Face hub, downloaded into the hub's own
+    cache.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"{repo_id}: no such file; to get a repository of this name, pip install huggingface_hub") from None
+        raise ValueError(
+            f"{repo_id}: no such file; "
+            "to get a repository of this name, pip install huggingface_hub"
+        ) from None
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):  # an old repository
-            folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "pytorch_model*.bin"]))
+            folder = Path(
+                snapshot_download(repo_id, allow_patterns=["*.json", "pytorch_model*.bin"])
+            )
         return folder
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise OSError(f"{repo_id}: no such file, and no such repository on the Hugging Face hub ({reason})") from None
+        raise OSError(
+            f"{repo_id}: no such file, and no such repository on the Hugging Face hub ({reason})"
+        ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading and writing files
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The files of a model in a folder: those that transformers and timm would take, or the only one."""
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"):
+    """The files of a model in a folder: those that transformers and timm would take, or the only
+    one.
+    """
+    for pattern in (
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model-*-of-*.bin",
+    ):
         if files := sorted(folder.glob(pattern)):
             count = re.search(r"-of-(\d+)\.", files[0].name)
             if count and len(files) != int(count[1]):
-                raise FileNotFoundError(f"{folder}: only {len(files)} of the {int(count[1])} files {pattern}")
+                raise FileNotFoundError(
+                    f"{folder}: only {len(files)} of the {int(count[1])} files {pattern}"
+                )
             return files
-    files = [file for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt") for file in sorted(folder.glob(pattern))]
+    files = [
+        file
+        for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt")
+        for file in sorted(folder.glob(pattern))
+    ]
     if not files:
-        raise FileNotFoundError(f"{folder}: neither *.safetensors nor pytorch_model*.bin in this folder")
+        raise FileNotFoundError(
+            f"{folder}: neither *.safetensors nor pytorch_model*.bin in this folder"
+        )
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise FileNotFoundError(f"{folder}: several files of weights, name one: {names}")
@@ -465,14 +620,19 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def read(
-    source: str, head: str | None = None, layers: int = 4, num_heads: int | None = None, prefix: str | None = None
+    source: str,
+    head: str | None = None,
+    layers: int = 4,
+    num_heads: int | None = None,
+    prefix: str | None = None,
 ) -> tuple[DinoVisionTransformer | LinearClassifier, str]:
-    """The model of an official name, a file, a folder or a Hugging Face repository, and its dialect.
+    """The model of an official name, a file, a folder or a Hugging Face repository, and its
+    dialect.
 
-    head is an official linear head for a backbone, as a file. num_heads is needed for widths that are not official, unless
-    config.json has it. prefix is what the names of the backbone's tensors begin with, if the file holds several. The
-    transform comes from config.json or preprocessor_config.json beside the weights. Raises OSError or ValueError with the
-    reason.
+    head is an official linear head for a backbone, as a file. num_heads is needed for widths that
+    are not official, unless config.json has it. prefix is what the names of the backbone's tensors
+    begin with, if the file holds several. The transform comes from config.json or
+    preprocessor_config.json beside the weights. Raises OSError or ValueError with the reason.
     """
     if source.removeprefix("dinov2_").removesuffix("_lc") in dinoreg.CONFIGS:
         return dinoreg.load(source, layers, dtype=None), "official"
@@ -488,17 +648,23 @@ def read(
         checkpoint |= tensors
     try:
         described, processor = (
-            json.loads(file.read_text(encoding="utf-8")) if (file := files[0].with_name(name)).exists() else {}
+            json.loads(file.read_text(encoding="utf-8"))
+            if (file := files[0].with_name(name)).exists()
+            else {}
             for name in ("config.json", "preprocessor_config.json")
         )
         check_described(described)
         arguments = described.get("model_args", {})
-        backbone, own_head, dialect = to_official(checkpoint, prefix, arguments.get("no_embed_class"))
+        backbone, own_head, dialect = to_official(
+            checkpoint, prefix, arguments.get("no_embed_class")
+        )
         architecture = described.get("architecture", "")
         width = backbone["cls_token"].shape[-1]
         if num_heads is None:
             num_heads = described.get("num_attention_heads") or arguments.get("num_heads")
-        if num_heads is None and width not in {config.embed_dim for config in dinoreg.CONFIGS.values()}:
+        if num_heads is None and width not in {
+            config.embed_dim for config in dinoreg.CONFIGS.values()
+        }:
             num_heads = TIMM_HEADS.get("_".join(architecture.split("_")[:2]))
         config = dinoreg.infer_config(backbone, num_heads=num_heads)
         transform = Transform()
@@ -506,19 +672,42 @@ def read(
             transform = transform_from_hf(processor)
         elif "pretrained_cfg" in described:
             transform = transform_from_timm(described["pretrained_cfg"])
-        labels = [label for _, label in sorted(described.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+        labels = [
+            label
+            for _, label in sorted(
+                described.get("id2label", {}).items(), key=lambda item: int(item[0])
+            )
+        ]
         if head:
             own_head, _ = dinoreg.read_tensors(head)
         state_dict = dinoreg.add_head(backbone, own_head) if own_head else backbone
-        return dinoreg.from_state_dict(state_dict, config, labels if own_head and labels else None, transform), dialect
-    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:  # other JSON
-        raise ValueError(f"{source}: config.json or preprocessor_config.json is not as Hugging Face's ({error!r})") from None
+        return dinoreg.from_state_dict(
+            state_dict, config, labels if own_head and labels else None, transform
+        ), dialect
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        # Other JSON.
+        raise ValueError(
+            f"{source}: config.json or preprocessor_config.json is not as Hugging Face's "
+            f"({error!r})"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-def write(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLike, dialect: str = "dinoreg") -> None:
-    """Write a model in a dialect: a folder for "hf"; else a file, .safetensors or what `torch.save` writes; or nothing.
+def write(
+    model: DinoVisionTransformer | LinearClassifier,
+    path: str | os.PathLike,
+    dialect: str = "dinoreg",
+) -> None:
+    """Write a model in a dialect: a folder for "hf"; else a file, .safetensors or what `torch.save`
+    writes; or nothing.
 
     Raises OSError if it cannot be written, ValueError if the dialect has no such model.
     """
@@ -532,7 +721,9 @@ def write(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLi
         if dialect == "hf":
             part.mkdir()
             (part / "config.json").write_text(json.dumps(hf_config(model), indent=2))
-            (part / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(model.transform), indent=2))
+            (part / "preprocessor_config.json").write_text(
+                json.dumps(hf_preprocessor(model.transform), indent=2)
+            )
             dinoreg.write_tensors(tensors, part / "model.safetensors", {"format": "pt"})
         else:
             torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
@@ -540,19 +731,48 @@ def write(model: DinoVisionTransformer | LinearClassifier, path: str | os.PathLi
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Convert weights of DINOv2, with or without registers, between all their public forms.",
-        epilog="example: python convert_weights.py facebook/dinov2-with-registers-small -o small.safetensors",
+        description=(
+            "Convert weights of DINOv2, with or without registers, between all their public forms."
+        ),
+        epilog=(
+            "example: "
+            "python convert_weights.py facebook/dinov2-with-registers-small -o small.safetensors"
+        ),
     )
-    parser.add_argument("source", help="an official name, a file, a folder, or a Hugging Face repository")
-    parser.add_argument("-o", "--output", required=True, help="the file to write; for hf, the folder")
-    parser.add_argument("--to", default="dinoreg", choices=("dinoreg", "official", "hf", "timm"), help="(default: dinoreg)")
-    parser.add_argument("--head", metavar="FILE", help="an official linear head, for an official backbone")
-    parser.add_argument("--layers", type=int, choices=(1, 4), default=4, help="which head of an official name (default: 4)")
     parser.add_argument(
-        "--num-heads", type=int, metavar="A", help="attention heads, where neither width nor config.json tell"
+        "source", help="an official name, a file, a folder, or a Hugging Face repository"
     )
-    parser.add_argument("--prefix", help="of the backbone's tensors, if the file holds several: teacher.backbone.")
-    parser.add_argument("--labels", metavar="FILE", help="a text file of the classes' names, one a line")
+    parser.add_argument(
+        "-o", "--output", required=True, help="the file to write; for hf, the folder"
+    )
+    parser.add_argument(
+        "--to",
+        default="dinoreg",
+        choices=("dinoreg", "official", "hf", "timm"),
+        help="(default: dinoreg)",
+    )
+    parser.add_argument(
+        "--head", metavar="FILE", help="an official linear head, for an official backbone"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        choices=(1, 4),
+        default=4,
+        help="which head of an official name (default: 4)",
+    )
+    parser.add_argument(
+        "--num-heads",
+        type=int,
+        metavar="A",
+        help="attention heads, where neither width nor config.json tell",
+    )
+    parser.add_argument(
+        "--prefix", help="of the backbone's tensors, if the file holds several: teacher.backbone."
+    )
+    parser.add_argument(
+        "--labels", metavar="FILE", help="a text file of the classes' names, one a line"
+    )
     args = parser.parse_args(argv)
     try:
         model, dialect = read(args.source, args.head, args.layers, args.num_heads, args.prefix)
@@ -562,13 +782,16 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print("convert_weights:", error, file=sys.stderr)
         return 2
-    count, size = (sum(f(p) for p in model.parameters()) for f in (Tensor.numel, lambda p: p.nbytes))
+    count, size = (
+        sum(f(p) for p in model.parameters()) for f in (Tensor.numel, lambda p: p.nbytes)
+    )
     print(f"{args.output}: {dialect} -> {args.to}, {count:,} parameters, {size / 1e6:,.1f} MB")
     print(model.config)
     print(model.transform)
     if isinstance(model, LinearClassifier):
         print(
-            f"{model.layers} layers -> {model.linear_head.out_features} classes: {', '.join((model.labels or [])[:3])}, ..."
+            f"{model.layers} layers -> {model.linear_head.out_features} classes: "
+            f"{', '.join((model.labels or [])[:3])}, ..."
         )
     return 0
 

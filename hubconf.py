@@ -6,12 +6,22 @@ import dinoreg as _dinoreg
 
 dependencies = ["torch", "numpy", "PIL", "safetensors"]
 
-# The official keyword arguments that change a model's tensors, then those that do not, and the fields of `dinoreg.Config`.
+# The official keyword arguments that change a model's tensors, then those that do not, and the
+# fields of `dinoreg.Config`.
 _SHAPES = {"img_size": "image_size", "ffn_layer": "ffn"}
 _SHAPES |= {name: name for name in ("patch_size", "in_chans", "mlp_ratio", "num_register_tokens")}
 _FIELDS = _SHAPES | {"init_values": "layerscale_init"}
-_FIELDS |= {name: name for name in ("drop_path_rate", "drop_path_uniform", "interpolate_antialias", "interpolate_offset")}
-_FIXED = {"block_chunks": 0, "qkv_bias": True, "proj_bias": True, "ffn_bias": True}  # no other values are supported
+_FIELDS |= {
+    name: name
+    for name in (
+        "drop_path_rate",
+        "drop_path_uniform",
+        "interpolate_antialias",
+        "interpolate_offset",
+    )
+}
+# No other values are supported.
+_FIXED = {"block_chunks": 0, "qkv_bias": True, "proj_bias": True, "ffn_bias": True}
 
 
 def _entry(name):
@@ -24,27 +34,42 @@ def _entry(name):
         for key, value in arguments.items():
             if key not in _FIELDS and (key not in _FIXED or value != _FIXED[key]):
                 known = ", ".join(["pretrained", "weights", *["layers"] * classifier, *_FIELDS])
-                raise ValueError(f"dinov2_{name} does not take {key}={value!r}; its arguments are {known}")
-        fields = {_FIELDS[key]: "swiglu" if x == "swiglufused" else x for key, x in arguments.items() if key in _FIELDS}
+                raise ValueError(
+                    f"dinov2_{name} does not take {key}={value!r}; its arguments are {known}"
+                )
+        fields = {
+            _FIELDS[key]: "swiglu" if x == "swiglufused" else x
+            for key, x in arguments.items()
+            if key in _FIELDS
+        }
         changed = _dataclasses.replace(config, **fields)
         if not pretrained:
             model = _dinoreg.DinoVisionTransformer(changed)
             return _dinoreg.LinearClassifier(model, 1000, layers) if classifier else model
         for key, field in _SHAPES.items():
             if (value := getattr(changed, field)) != (trained := getattr(config, field)):
-                raise ValueError(f"{key} is {trained!r} in the official weights, not {value!r}; give pretrained=False too")
+                raise ValueError(
+                    f"{key} is {trained!r} in the official weights, not {value!r}; "
+                    "give pretrained=False too"
+                )
         model = _dinoreg.load(name, layers)
         return model if changed == config else _dinoreg.from_state_dict(model.state_dict(), changed)
 
     def backbone(*, pretrained: bool = True, weights="LVD142M", **arguments):
         return build(4, pretrained, weights, arguments)
 
-    def linear_classifier(*, layers: int = 4, pretrained: bool = True, weights="IMAGENET1K", **arguments):
+    def linear_classifier(
+        *, layers: int = 4, pretrained: bool = True, weights="IMAGENET1K", **arguments
+    ):
         return build(layers, pretrained, weights, arguments)
 
     entry = linear_classifier if classifier else backbone
     entry.__name__ = f"dinov2_{name}"
-    entry.__doc__ = f"dinov2_{name}: trained on ImageNet-1k's classes" if classifier else f"dinov2_{name}: the backbone"
+    entry.__doc__ = (
+        f"dinov2_{name}: trained on ImageNet-1k's classes"
+        if classifier
+        else f"dinov2_{name}: the backbone"
+    )
     return entry
 
 

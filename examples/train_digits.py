@@ -1,11 +1,11 @@
-"""Train a small DINOv2 with registers from scratch on handwritten digits, in a few minutes on a CPU.
+"""Train a small DINOv2 with registers from scratch on handwritten digits in a few minutes on a CPU.
 
     pip install -e ".[examples]"
     python examples/make_digits.py digits
     python examples/train_digits.py digits -o digits.safetensors
 
-The last line printed is the accuracy on the held-out digits. The model is saved with its class names, so that
-`python -m dinoreg digit.png --weights digits.safetensors` classifies digits.
+The last line printed is the accuracy on the held-out digits. The model is saved with its class
+names, so that `python -m dinoreg digit.png --weights digits.safetensors` classifies digits.
 """
 
 import argparse
@@ -42,10 +42,15 @@ def read_folder(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def augment(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) under small random affine transforms and elastic deformations (Simard et al., 2003)."""
-    spread = torch.tensor([[0.15, 0.2, 0.15], [0.2, 0.15, 0.15]])  # in units of half the side of an image
+    """Images (B, C, H, W) under small random affine transforms and elastic deformations
+    (Simard et al., 2003).
+    """
+    # In units of half the side of an image.
+    spread = torch.tensor([[0.15, 0.2, 0.15], [0.2, 0.15, 0.15]])
     affine = torch.eye(2, 3) + spread * (2 * torch.rand(len(x), 2, 3) - 1)
-    elastic = F.interpolate(0.08 * torch.randn(len(x), 2, 5, 5), size=x.shape[2:], mode="bicubic", align_corners=True)
+    elastic = F.interpolate(
+        0.08 * torch.randn(len(x), 2, 5, 5), size=x.shape[2:], mode="bicubic", align_corners=True
+    )
     grid = F.affine_grid(affine, list(x.shape), align_corners=False) + elastic.permute(0, 2, 3, 1)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
@@ -60,13 +65,19 @@ def run(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder")
     torch.manual_seed(0)
-    (x, classes), (val_x, val_classes) = (read_folder(args.folder / part) for part in ("train", "val"))
+    (x, classes), (val_x, val_classes) = (
+        read_folder(args.folder / part) for part in ("train", "val")
+    )
     val_x, val_classes = val_x.to(args.device), val_classes.to(args.device)
 
-    model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(CONFIG), num_classes=10).to(args.device)
+    model = dinoreg.LinearClassifier(dinoreg.DinoVisionTransformer(CONFIG), num_classes=10).to(
+        args.device
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = args.epochs * -(-len(x) // 50)  # of 50 images
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.5e-3, total_steps=steps, pct_start=0.15
+    )
     for _ in (bar := tqdm(range(args.epochs), unit="epoch")):
         model.train()
         for batch in torch.randperm(len(x)).split(50):
@@ -77,19 +88,36 @@ def run(args: argparse.Namespace) -> int:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        bar.set_postfix_str(f"loss {loss:.3f}, held-out accuracy {accuracy(model, val_x, val_classes):.1%}")
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, held-out accuracy {accuracy(model, val_x, val_classes):.1%}"
+        )
 
     model.backbone.transform = dinoreg.Transform().at_size(SIZE)
     dinoreg.save(model, args.output, LABELS)
-    print(f"{args.output}: {accuracy(model, val_x, val_classes):.1%} accuracy on {len(val_x):,} held-out digits")
+    print(
+        f"{args.output}: {accuracy(model, val_x, val_classes):.1%} accuracy "
+        f"on {len(val_x):,} held-out digits"
+    )
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="what make_digits.py wrote: train and val, with a folder for each class")
-    add("-o", "--output", type=Path, required=True, metavar="FILE", help="the trained model, a .safetensors file")
+    add(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="what make_digits.py wrote: train and val, with a folder for each class",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the trained model, a .safetensors file",
+    )
     add("--epochs", type=int, default=90, help="default: %(default)s")
     common.add_device(parser)
     args = parser.parse_args(argv)

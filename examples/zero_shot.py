@@ -4,10 +4,12 @@
     python examples/zero_shot.py PHOTO... --classes "a cat" "a dog" "a bird"
     python examples/zero_shot.py PHOTO... --classes classes.txt --templates imagenet --segment
 
-Probabilities are the softmax of 100 times the cosines of photo and text, as in the official notebook: they add up to 1, even
-if no class is in the photo. --segment looks at the whole photo instead of its centre, and draws the most similar class of
-each patch. The text encoder (2.15 GB) is loaded only for classes whose vectors are not in the cache, ~/.cache/dinoreg.
-Official Implementation: dinov2/hub/dinotxt.py and dinov2/hub/text; "DINOv2 Meets Text", https://arxiv.org/abs/2412.16334.
+Probabilities are the softmax of 100 times the cosines of photo and text, as in the official
+notebook: they add up to 1, even if no class is in the photo. --segment looks at the whole photo
+instead of its centre, and draws the most similar class of each patch. The text encoder (2.15 GB) is
+loaded only for classes whose vectors are not in the cache, ~/.cache/dinoreg.
+Official Implementation: dinov2/hub/dinotxt.py and dinov2/hub/text; "DINOv2 Meets Text",
+https://arxiv.org/abs/2412.16334.
 """
 
 import argparse
@@ -32,12 +34,18 @@ FILE = "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l_{}.pth"  # of the vision_head,
 
 
 class SwiGLU(nn.Module):
-    """`dinoreg.SwiGLU` with its two input layers apart, and a hidden width that is a multiple of 64."""
+    """`dinoreg.SwiGLU` with its two input layers apart, and a hidden width that is a multiple of
+    64.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         hidden = (4 * dim * 2 // 3 + 63) // 64 * 64
-        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.w1, self.w2, self.w3 = (
+            nn.Linear(dim, hidden),
+            nn.Linear(dim, hidden),
+            nn.Linear(hidden, dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
@@ -61,11 +69,16 @@ class VisionHead(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Transformer block, pre-norm, in which tokens attend to themselves and to those before them."""
+    """Transformer block, pre-norm, in which tokens attend to themselves and to those before
+    them.
+    """
 
     def __init__(self, config: dinoreg.Config):
         super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(config.embed_dim), dinoreg.Attention(config)
+        self.attention_norm, self.attention = (
+            nn.LayerNorm(config.embed_dim),
+            dinoreg.Attention(config),
+        )
         self.attention.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
         self.ffn_norm, self.feed_forward = nn.LayerNorm(config.embed_dim), dinoreg.Mlp(config)
 
@@ -77,9 +90,19 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids of texts (K, n) to vectors (K, embed_dim): the token of the highest id, which ends a text, projected."""
+    """Token ids of texts (K, n) to vectors (K, embed_dim): the token of the highest id, which ends
+    a text, projected.
+    """
 
-    def __init__(self, embed_dim=2048, context_length=77, vocab_size=49408, dim=1280, num_heads=20, num_layers=24):
+    def __init__(
+        self,
+        embed_dim=2048,
+        context_length=77,
+        vocab_size=49408,
+        dim=1280,
+        num_heads=20,
+        num_layers=24,
+    ):
         super().__init__()
         config = dinoreg.Config(embed_dim=dim, num_heads=num_heads)
         self.backbone = nn.Module()
@@ -90,24 +113,40 @@ class TextEncoder(nn.Module):
         self.head = nn.ModuleDict({"linear_projection": nn.Linear(dim, embed_dim, bias=False)})
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        x = self.backbone.token_embedding(token_ids) + self.backbone.positional_embedding[: token_ids.shape[1]]
+        x = (
+            self.backbone.token_embedding(token_ids)
+            + self.backbone.positional_embedding[: token_ids.shape[1]]
+        )
         x = self.backbone.ln_final(self.backbone.blocks(x))  # (K, n, dim)
-        return self.head.linear_projection(x[torch.arange(len(x), device=x.device), token_ids.argmax(dim=1)])
+        return self.head.linear_projection(
+            x[torch.arange(len(x), device=x.device), token_ids.argmax(dim=1)]
+        )
 
 
 class DinoTxt(nn.Module):
-    """Images and texts as vectors of 2 D, the first half for the CLS token, the second for the mean of the patches."""
+    """Images and texts as vectors of 2 D, the first half for the CLS token, the second for the mean
+    of the patches.
+    """
 
-    def __init__(self, backbone: dinoreg.DinoVisionTransformer, head: VisionHead, text_model: TextEncoder | None = None):
+    def __init__(
+        self,
+        backbone: dinoreg.DinoVisionTransformer,
+        head: VisionHead,
+        text_model: TextEncoder | None = None,
+    ):
         super().__init__()
-        self.visual_model = nn.ModuleDict({"backbone": nn.ModuleDict({"model": backbone}), "head": head})
+        self.visual_model = nn.ModuleDict(
+            {"backbone": nn.ModuleDict({"model": backbone}), "head": head}
+        )
         self.text_model = text_model
         self.logit_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())
 
     def get_visual_class_and_patch_tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) -> CLS (B, D) and patches (B, h * w, D), after the head."""
         model = self.visual_model["backbone"]["model"]
-        (tokens,) = model.run_blocks(model.prepare_tokens_with_masks(image), wanted=[len(model.blocks) - 1])
+        (tokens,) = model.run_blocks(
+            model.prepare_tokens_with_masks(image), wanted=[len(model.blocks) - 1]
+        )
         cls, _, patches = model.split_tokens(self.visual_model["head"](model.norm(tokens)))
         return cls, patches
 
@@ -120,18 +159,31 @@ class DinoTxt(nn.Module):
         return F.normalize(self.text_model(text), dim=1) if normalize else self.text_model(text)
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosines of images (B, C, H, W) and token ids (K, n): (B, K), and the same transposed."""
-        logits = self.logit_scale.exp() * self.encode_image(image, normalize=True) @ self.encode_text(text, normalize=True).T
+        """Scaled cosines of images (B, C, H, W) and token ids (K, n): (B, K), and the same
+        transposed.
+        """
+        logits = (
+            self.logit_scale.exp()
+            * self.encode_image(image, normalize=True)
+            @ self.encode_text(text, normalize=True).T
+        )
         return logits, logits.T
 
 
 def fetch(part: str) -> Path:
-    """The official file of the vision_head or the text_encoder, downloaded into torch.hub's cache unless it is there."""
+    """The official file of the vision_head or the text_encoder, downloaded into torch.hub's cache
+    unless it is there.
+    """
     try:
         return dinoreg.download(f"{dinoreg.HUB_URL}/dinov2_vitl14/{FILE.format(part)}")
     except OSError as error:
-        files = f"{FILE.format('vision_head')}, {FILE.format('text_encoder')}, dinov2_vitl14_reg4_pretrain.pth"
-        raise OSError(f"{str(error).rpartition(';')[0]}; needed in {torch.hub.get_dir()}/checkpoints: {files}") from None
+        files = (
+            f"{FILE.format('vision_head')}, {FILE.format('text_encoder')}, "
+            "dinov2_vitl14_reg4_pretrain.pth"
+        )
+        raise OSError(
+            f"{str(error).rpartition(';')[0]}; needed in {torch.hub.get_dir()}/checkpoints: {files}"
+        ) from None
 
 
 def load(kind: type[nn.Module], path: Path) -> nn.Module:
@@ -141,7 +193,9 @@ def load(kind: type[nn.Module], path: Path) -> nn.Module:
     try:
         module.load_state_dict(dinoreg.read_tensors(path)[0], assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: not that of dino.txt: {' '.join(str(error).split()):.150}") from None
+        raise ValueError(
+            f"{path}: not that of dino.txt: {' '.join(str(error).split()):.150}"
+        ) from None
     return module.float().eval()
 
 
@@ -154,27 +208,39 @@ def tokenize(texts: list[str], context_length: int = 77) -> Tensor:
 
 def make_prompts(classes: list[str], templates: list[str]) -> dict[str, list[str]]:
     """The prompts of each class. A single value of classes is a file with one on each line."""
-    lines = Path(classes[0]).read_text(encoding="utf-8-sig").splitlines() if len(classes) == 1 else classes
+    lines = (
+        Path(classes[0]).read_text(encoding="utf-8-sig").splitlines()
+        if len(classes) == 1
+        else classes
+    )
     if templates == ["imagenet"]:
         import open_clip
 
         templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     names = [line.strip() for line in lines if line.strip()]
     if len(set(names)) < 2 or not all("{}" in template for template in templates):
-        raise ValueError("--classes must name two or more different classes, and --templates must contain {}")
+        raise ValueError(
+            "--classes must name two or more different classes, and --templates must contain {}"
+        )
     return {name: [template.replace("{}", name) for template in templates] for name in names}
 
 
 @torch.inference_mode()
 def encode_classes(prompts: list[list[str]], args: argparse.Namespace) -> Tensor:
-    """The mean of the vectors of each class's prompts (K, 2 D), normalised; from the cache if they were computed before."""
+    """The mean of the vectors of each class's prompts (K, 2 D), normalised; from the cache if they
+    were computed before.
+    """
     path, T, vectors = fetch("text_encoder"), len(prompts[0]), []
     key = json.dumps([str(path.resolve()), common.stamp(path), prompts])
     cache = common.cache_folder() / f"text-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if cache.exists() and not args.no_cache:
         return dinoreg.read_tensors(cache)[0]["features"]
-    tokens, encoder = tokenize([prompt for texts in prompts for prompt in texts]), load(TextEncoder, path).to(args.device)
-    for ids in tqdm(tokens.split(max(1, 64 // T) * T), "text", disable=None):  # all prompts of some classes
+    tokens, encoder = (
+        tokenize([prompt for texts in prompts for prompt in texts]),
+        load(TextEncoder, path).to(args.device),
+    )
+    # All prompts of some classes at a time.
+    for ids in tqdm(tokens.split(max(1, 64 // T) * T), "text", disable=None):
         ids = ids[:, : ids.argmax(dim=1).max() + 1].to(args.device)  # no token sees what follows it
         vectors.append(F.normalize(encoder(ids), dim=1).unflatten(0, (-1, T)).mean(dim=1).cpu())
     features = F.normalize(torch.cat(vectors), dim=1)
@@ -185,13 +251,18 @@ def encode_classes(prompts: list[list[str]], args: argparse.Namespace) -> Tensor
 
 
 def compare(model: DinoTxt, images: list[Tensor], text: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each image (3, H, W), the cosines with classes (K, 2 D) of the whole and of its patches: (K,) and (h, w, K)."""
+    """Of each image (3, H, W), the cosines with classes (K, 2 D) of the whole and of its patches:
+    (K,) and (h, w, K).
+    """
     same = len({image.shape for image in images}) == 1
-    for x in torch.stack(images).split(4) if same else [image[None] for image in images]:  # more at once need more memory
+    # More at once need more memory.
+    for x in torch.stack(images).split(4) if same else [image[None] for image in images]:
         cls, patches = model.get_visual_class_and_patch_tokens(x.to(text.device))
         whole = F.normalize(torch.cat([cls, patches.mean(dim=1)], dim=1), dim=1) @ text.T
         local = F.normalize(patches, dim=2) @ F.normalize(text[:, cls.shape[1] :], dim=1).T
-        yield from zip(whole.cpu(), local.unflatten(1, model.visual_model.backbone.model.image_grid(x)).cpu())
+        yield from zip(
+            whole.cpu(), local.unflatten(1, model.visual_model.backbone.model.image_grid(x)).cpu()
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -199,13 +270,30 @@ def run(args: argparse.Namespace) -> int:
     colours = {name: masks.default_colour(i) for i, name in enumerate(prompts)}
     if args.segment and len(prompts) > masks.IGNORED:
         raise ValueError(f"--segment takes at most {masks.IGNORED} classes, got {len(prompts)}")
-    head, backbone = load(VisionHead, fetch("vision_head")), common.load_backbone(args.model, args.device)
+    head, backbone = (
+        load(VisionHead, fetch("vision_head")),
+        common.load_backbone(args.model, args.device),
+    )
     text = encode_classes(list(prompts.values()), args).to(args.device)
-    model, paths, failed = DinoTxt(backbone, head).to(args.device), dinoreg.find_images(args.images), 0
+    model, paths, failed = (
+        DinoTxt(backbone, head).to(args.device),
+        dinoreg.find_images(args.images),
+        0,
+    )
     size = args.resolution if args.segment else args.size
-    read = partial(common.read_image, size=size, keep_aspect=args.segment, normalized=False, transform=backbone.transform)
-    results = common.compute(lambda images: compare(model, images, text), read, paths, backbone.transform)
-    for path, picture, result in zip(paths, common.name_pictures(paths, args.output, "classes"), results):
+    read = partial(
+        common.read_image,
+        size=size,
+        keep_aspect=args.segment,
+        normalized=False,
+        transform=backbone.transform,
+    )
+    results = common.compute(
+        lambda images: compare(model, images, text), read, paths, backbone.transform
+    )
+    for path, picture, result in zip(
+        paths, common.name_pictures(paths, args.output, "classes"), results
+    ):
         scores = ValueError(result) if isinstance(result, str) else (100 * result[0]).softmax(dim=0)
         record = dinoreg.describe(path, scores, list(prompts), args.top)
         failed += "error" in record
@@ -216,7 +304,9 @@ def run(args: argparse.Namespace) -> int:
             record |= {"picture": str(picture), "shares": dict(zip(prompts, counts.tolist()))}
             picture.parent.mkdir(parents=True, exist_ok=True)
             with dinoreg.atomic(picture) as part:
-                masks.draw([(photo, None), (photo, mask)], record["shares"], colours, width=1000).save(part)
+                masks.draw(
+                    [(photo, None), (photo, mask)], record["shares"], colours, width=1000
+                ).save(part)
         if args.json:
             print(json.dumps(record), flush=True)
         elif "error" in record:
@@ -231,15 +321,63 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
-    add("--classes", nargs="+", required=True, metavar="CLASS|FILE", help="two or more, or a file with one on each line")
-    add("--templates", nargs="+", default=["{}"], metavar="TEXT", help='with {} for the class, or "imagenet": those of CLIP')
-    add("--model", default="vitl14_reg", help="the backbone: an official model or a file (default: %(default)s)")
-    add("--size", type=int, metavar="PIXELS", help="side of the central crop, without --segment (default: the model's)")
-    add("--top", type=int, default=5, metavar="K", help="number of classes to print (default: %(default)s)")
-    add("--segment", action="store_true", help="draw the most similar class of each patch of the whole photo")
-    add("--resolution", type=int, default=518, metavar="PIXELS", help="of --segment: as many pixels as this square has")
-    add("-o", "--output", type=Path, default=Path("pictures"), metavar="FOLDER", help="of --segment (default: %(default)s)")
-    add("--no-cache", action="store_true", help="neither read nor write vectors of classes in ~/.cache/dinoreg")
+    add(
+        "--classes",
+        nargs="+",
+        required=True,
+        metavar="CLASS|FILE",
+        help="two or more, or a file with one on each line",
+    )
+    add(
+        "--templates",
+        nargs="+",
+        default=["{}"],
+        metavar="TEXT",
+        help='with {} for the class, or "imagenet": those of CLIP',
+    )
+    add(
+        "--model",
+        default="vitl14_reg",
+        help="the backbone: an official model or a file (default: %(default)s)",
+    )
+    add(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the central crop, without --segment (default: the model's)",
+    )
+    add(
+        "--top",
+        type=int,
+        default=5,
+        metavar="K",
+        help="number of classes to print (default: %(default)s)",
+    )
+    add(
+        "--segment",
+        action="store_true",
+        help="draw the most similar class of each patch of the whole photo",
+    )
+    add(
+        "--resolution",
+        type=int,
+        default=518,
+        metavar="PIXELS",
+        help="of --segment: as many pixels as this square has",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("pictures"),
+        metavar="FOLDER",
+        help="of --segment (default: %(default)s)",
+    )
+    add(
+        "--no-cache",
+        action="store_true",
+        help="neither read nor write vectors of classes in ~/.cache/dinoreg",
+    )
     add("--json", action="store_true", help="print one JSON object per line, for each photo")
     common.add_device(parser)
     return common.run(run, parser.parse_args(argv))

@@ -1,4 +1,4 @@
-"""The tests import the examples and the helpers of `test_dinoreg.py`, also in a clone that is not installed."""
+"""The tests import the examples and helpers of `test_dinoreg.py`, also in a clone not installed."""
 
 import sys
 from pathlib import Path

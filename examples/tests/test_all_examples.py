@@ -1,4 +1,7 @@
-"""Tests of what all examples have in common: `python -m pytest examples/tests/test_all_examples.py`."""
+"""Tests of what all examples have in common.
+
+Run them with `python -m pytest examples/tests/test_all_examples.py`.
+"""
 
 import importlib
 import inspect
@@ -18,10 +21,30 @@ MODULES = {"common", "masks", "training_parts"}  # imported by the scripts
 EXAMPLES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in MODULES)
 NO_MODEL = {"architecture", "make_digits"}  # they compute no features
 CPU_ONLY = {"export", "quantize"}
-NO_OUTPUT = {"benchmark", "evaluate", "make_digits", "quantize", "test_time_registers"}  # they print
+# These print.
+NO_OUTPUT = {"benchmark", "evaluate", "make_digits", "quantize", "test_time_registers"}
 # Slow to import, and not needed before the arguments are parsed.
-HEAVY = {"matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "ray", "scipy", "sklearn", "torchao", "torchvision"}
-HEAVY |= {"openvino", "pandas", "pyarrow.dataset", "skimage", "torch._dynamo", "torch._inductor", "transformers"}
+HEAVY = {
+    "matplotlib",
+    "mlxtend",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "ray",
+    "scipy",
+    "sklearn",
+    "torchao",
+    "torchvision",
+}
+HEAVY |= {
+    "openvino",
+    "pandas",
+    "pyarrow.dataset",
+    "skimage",
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+}
 
 
 def import_example(name):
@@ -59,7 +82,8 @@ def test_examples_have_the_same_options(name, capsys):
     assert bool(re.search(r"-o \w+, --output \w+", text)) == (name not in NO_OUTPUT)
 
 
-# Runs the scripts of the other arguments with -h, where the modules in the first one cannot be imported; prints the errors.
+# Runs the scripts of the other arguments with -h, where the modules in the first one cannot be
+# imported; prints the errors.
 HELP = """
 import contextlib, importlib, io, sys
 import torch
@@ -77,7 +101,11 @@ for name in names:
 
 
 def test_help_imports_nothing_that_takes_long():
-    names = [name for name in EXAMPLES if name != "embed_corpus" or (find_spec("pyarrow") and find_spec("fsspec"))]
+    names = [
+        name
+        for name in EXAMPLES
+        if name != "embed_corpus" or (find_spec("pyarrow") and find_spec("fsspec"))
+    ]
     command = [sys.executable, "-c", HELP, " ".join(HEAVY), *names]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr

@@ -20,12 +20,15 @@ def test_operation_counts_match_a_count_by_hand(name):
     for side, found in zip((224, 518), architecture.count(config)[1]):
         patches = (side // 14) ** 2
         N = 1 + config.num_register_tokens + patches
-        block = N * (4 * D * D + matrices * D * hidden) + 2 * N * N * D  # qkv and proj, MLP; q @ k and attention @ v
+        # qkv and proj, MLP; q @ k and attention @ v.
+        block = N * (4 * D * D + matrices * D * hidden) + 2 * N * N * D
         assert found == 2 * (patches * 14 * 14 * 3 * D + config.depth * block)
 
 
 def test_the_table_of_models(monkeypatch, capsys):
-    monkeypatch.setattr(dinoreg, "CONFIGS", {name: dinoreg.CONFIGS[name] for name in ("vits14_reg", "vits14")})
+    monkeypatch.setattr(
+        dinoreg, "CONFIGS", {name: dinoreg.CONFIGS[name] for name in ("vits14_reg", "vits14")}
+    )
     assert architecture.main([]) == 0
     header, line, *rows = capsys.readouterr().out.splitlines()
     assert header.count("|") == line.count("|") == 6
@@ -39,6 +42,8 @@ def test_the_figure_in_the_repository_is_what_the_script_draws(tmp_path):
     drawn, kept = tmp_path / "tokens.svg", HERE / "pictures" / "tokens.svg"
     assert architecture.main(["-o", str(drawn)]) == 0
     xml.etree.ElementTree.parse(drawn)
-    without_pixels = [re.sub(r"base64,[^\"]+", "", path.read_text(encoding="utf-8")) for path in (drawn, kept)]
+    without_pixels = [
+        re.sub(r"base64,[^\"]+", "", path.read_text(encoding="utf-8")) for path in (drawn, kept)
+    ]
     assert without_pixels[0] == without_pixels[1]  # how Pillow encodes them depends on its version
     assert kept.stat().st_size < 60_000 and without_pixels[0].count("data:image/jpeg") == 9

@@ -22,10 +22,15 @@ SMALL = replace(dinoreg.CONFIGS["vits14_reg"], embed_dim=64, depth=1, num_heads=
 
 @pytest.fixture
 def run(capsys):
-    """A function that runs the benchmark in this process and returns what it prints, and the cells of the table by row."""
+    """A function that runs the benchmark in this process and returns what it prints, and the cells
+    of the table by row.
+    """
 
     def run(*args) -> tuple[str, list[list[str]]]:
-        assert benchmark.main([*map(str, args), "--device", "cpu", "--seconds", "0", "--turns", "1"]) == 0
+        assert (
+            benchmark.main([*map(str, args), "--device", "cpu", "--seconds", "0", "--turns", "1"])
+            == 0
+        )
         out = capsys.readouterr().out
         return out, table_rows(out)
 
@@ -38,23 +43,31 @@ def table_rows(text: str) -> list[list[str]]:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Makes ViT-S/14 a model of one narrow block, and measures each run once instead of for half a second."""
+    """Makes ViT-S/14 a model of one narrow block, and measures each run once instead of for half a
+    second.
+    """
     monkeypatch.setitem(dinoreg.CONFIGS, "vits14_reg", SMALL)
     monkeypatch.setattr(benchmark, "SECONDS", 0)
 
 
 @pytest.fixture
 def official(monkeypatch):
-    """Puts this repository in place of torch.hub's clone of the official code: it has the same entry points."""
+    """Puts this repository in place of torch.hub's clone of the official code: it has the same
+    entry points.
+    """
     monkeypatch.setattr(benchmark, "OFFICIAL", HERE.parent)
 
 
 def test_medians_and_ratios_within_turns():
     numbers = {"a": iter([[9.0], [1.0], [2.0], [4.0]]), "b": iter([[9.0], [3.0], [2.0], [2.0]])}
     compared = benchmark.compare(numbers, turns=3, measure=next)
-    assert compared == {"a": [1.0, 2.0], "b": [1.0, 2.0]}  # of b, the ratios 3, 1 and 1/2; the first turn does not count
+    # Of b, the ratios are 3, 1 and 1/2; the first turn does not count.
+    assert compared == {"a": [1.0, 2.0], "b": [1.0, 2.0]}
     numbers = {"a": iter([[9.0, 0], [1.0, 5]]), "b": iter([[9.0, 0], [3.0, 7]])}
-    assert benchmark.compare(numbers, turns=1, measure=next) == {"a": [1.0, 1.0, 5], "b": [3.0, 3.0, 7]}
+    assert benchmark.compare(numbers, turns=1, measure=next) == {
+        "a": [1.0, 1.0, 5],
+        "b": [3.0, 3.0, 7],
+    }
 
 
 def test_different_features_are_an_error():
@@ -68,13 +81,23 @@ def test_different_features_are_an_error():
 def test_failing_processes_are_an_error():
     assert benchmark.numbers_of([*benchmark.PYTHON, "print(1.5, 'text', 2, sep='\\n')"]) == [1.5, 2]
     with pytest.raises(RuntimeError, match="a process failed: ValueError: no"):
-        benchmark.numbers_of([*benchmark.PYTHON, benchmark.PARENT, *benchmark.PYTHON, "raise ValueError('no')"])
+        benchmark.numbers_of(
+            [*benchmark.PYTHON, benchmark.PARENT, *benchmark.PYTHON, "raise ValueError('no')"]
+        )
 
 
 @pytest.mark.slow
 def test_benchmark_of_the_forward_pass(run, official):
-    _, (header, _, row) = run("forward", "--models", "vits14_reg", "--pixels", "28", "--batches", "2")
-    assert len(header) == len(row) and header[:5] == ["model", "pixels", "batch", "dinoreg", "embed"]
+    _, (header, _, row) = run(
+        "forward", "--models", "vits14_reg", "--pixels", "28", "--batches", "2"
+    )
+    assert len(header) == len(row) and header[:5] == [
+        "model",
+        "pixels",
+        "batch",
+        "dinoreg",
+        "embed",
+    ]
     assert "official" in header
     for library in ("transformers", "timm"):
         assert (library in header) == (find_spec(library) is not None)
@@ -88,16 +111,24 @@ def test_benchmark_of_lists(run, small):
     out, (header, _, *rows) = run("lists", "--models", "vits14_reg")
     assert header == ["model", "images", "packed", "one by one", "padded"] and len(rows) == 3
     assert all(row[2].endswith("(1.00)") and float(row[3].split()[0]) > 0 for row in rows)
-    assert "python examples/benchmark.py lists --models vits14_reg" in out and "one packed pass" in out
+    assert (
+        "python examples/benchmark.py lists --models vits14_reg" in out and "one packed pass" in out
+    )
 
 
 @pytest.mark.slow
 def test_benchmark_of_engines(run, small, monkeypatch):
     monkeypatch.setattr(export, "INDUCTOR", {})  # compiles in less time
-    _, (header, _, row) = run("engines", "--models", "vits14_reg", "--pixels", "28", "--batches", "2")
+    _, (header, _, row) = run(
+        "engines", "--models", "vits14_reg", "--pixels", "28", "--batches", "2"
+    )
     expected = {"float32", "bfloat16"}
     if shutil.which("c++"):
-        expected |= {f"{engine}, {dtype}" for engine in ("compile", "AOTInductor") for dtype in ("float32", "bfloat16")}
+        expected |= {
+            f"{engine}, {dtype}"
+            for engine in ("compile", "AOTInductor")
+            for dtype in ("float32", "bfloat16")
+        }
     if find_spec("onnxruntime") and find_spec("onnxscript"):
         expected |= {"onnxruntime"}
         expected |= {"openvino, float32", "openvino, default"} if find_spec("openvino") else set()
@@ -113,7 +144,8 @@ def test_benchmark_of_folders(run, small, monkeypatch):
     _, (header, _, large, small_files) = run("folder")
     assert header[:5] == ["JPEG files", "dinoreg", "dinoreg --fast", "forward", "decode"]
     milliseconds = [[float(cell.split()[0]) for cell in row[1:]] for row in (large, small_files)]
-    assert milliseconds[0][3] > 5 * milliseconds[1][3]  # 12 megapixels take longer to decode than 0.2
+    # 12 megapixels take longer to decode than 0.2.
+    assert milliseconds[0][3] > 5 * milliseconds[1][3]
 
 
 def test_benchmark_of_a_corpus(run, small, monkeypatch):
@@ -129,11 +161,17 @@ def test_benchmark_of_a_corpus(run, small, monkeypatch):
     _, (header, _, row) = run("corpus", "--images", "4")
     assert header == ["images", "plain loop, s", "Ray, s", "ratio", "images per hour"]
     loop, ray, per_hour = (float(row[i].replace(",", "")) for i in (1, 2, 4))
-    assert row[0] == "4" and loop > 0 and 4 * 3600 / per_hour == pytest.approx(ray, abs=0.051)  # which is rounded
-    assert sum("RAY_ADDRESS=local" in environment for environment in environments) == len(environments) / 2
+    # The printed time is rounded.
+    assert row[0] == "4" and loop > 0 and 4 * 3600 / per_hour == pytest.approx(ray, abs=0.051)
+    assert (
+        sum("RAY_ADDRESS=local" in environment for environment in environments)
+        == len(environments) / 2
+    )
 
 
-@pytest.mark.parametrize("arguments", [["--pixels", "225"], ["--turns", "0"], ["--batches", "0"], ["backward"]])
+@pytest.mark.parametrize(
+    "arguments", [["--pixels", "225"], ["--turns", "0"], ["--batches", "0"], ["backward"]]
+)
 def test_wrong_options_are_an_error(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(arguments)
@@ -143,7 +181,8 @@ def test_wrong_options_are_an_error(arguments, capsys):
 
 @pytest.mark.slow
 def test_benchmark_of_the_start(run, official, monkeypatch):
-    run_once = cache(lambda *command, numbers_of=benchmark.numbers_of: numbers_of([*command]))  # without a warm-up
+    # Without a warm-up.
+    run_once = cache(lambda *command, numbers_of=benchmark.numbers_of: numbers_of([*command]))
     monkeypatch.setattr(benchmark, "numbers_of", lambda command: run_once(*command))
     _, (_, _, *table) = run("start")
     rows = {name: [float(x) for x in cells] for name, *cells in table}
@@ -154,15 +193,21 @@ def test_benchmark_of_the_start(run, official, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_memory_of_a_process():
-    seconds, megabytes = benchmark.numbers_of([*benchmark.PYTHON, benchmark.MEMORY, "", "x = torch.ones(5_000_000)"])
+    seconds, megabytes = benchmark.numbers_of(
+        [*benchmark.PYTHON, benchmark.MEMORY, "", "x = torch.ones(5_000_000)"]
+    )
     assert seconds > 0 and 15 < megabytes < 60  # 20 MB, and twice that while it is replaced
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+@pytest.mark.skipif(
+    not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here"
+)
 def test_benchmark_of_fast_decoding(run, monkeypatch):
     save_crops = benchmark.save_crops
-    monkeypatch.setattr(benchmark, "save_crops", lambda folder, count: save_crops(folder, count // 6))
+    monkeypatch.setattr(
+        benchmark, "save_crops", lambda folder, count: save_crops(folder, count // 6)
+    )
     monkeypatch.setattr(benchmark, "PHOTOS", benchmark.PHOTOS[::2])
     out, rows = run("fast", "--weights", SALIENCY_WEIGHTS)
     assert len(rows) == 2 + 6

@@ -1,4 +1,7 @@
-"""Tests of examples/make_digits.py and examples/train_digits.py: `python -m pytest examples/tests/test_digits.py`."""
+"""Tests of examples/make_digits.py and examples/train_digits.py.
+
+Run them with `python -m pytest examples/tests/test_digits.py`.
+"""
 
 import os
 import re
@@ -48,7 +51,10 @@ def test_each_part_has_equally_many_of_each_digit(digits):
 
 def test_the_bundled_digits_are_the_first_that_are_held_out(digits):
     for image, digit in digits[4000:4010]:
-        assert Image.open(HERE / "images" / f"{make_digits.LABELS[digit]}.png").tobytes() == image.tobytes()
+        assert (
+            Image.open(HERE / "images" / f"{make_digits.LABELS[digit]}.png").tobytes()
+            == image.tobytes()
+        )
 
 
 def test_digits_are_written_into_folders_of_their_classes(digits, folder):
@@ -63,8 +69,12 @@ def test_digits_are_written_into_folders_of_their_classes(digits, folder):
 
 def test_training_on_digits(folder, tmp_path, capsys):
     output = tmp_path / "model.safetensors"
-    assert train_digits.main([str(folder), "--epochs", "2", "-o", str(output), "--device", "cpu"]) == 0
-    percent = float(re.search(r"([\d.]+)% accuracy on 50 held-out digits", capsys.readouterr().out)[1])
+    assert (
+        train_digits.main([str(folder), "--epochs", "2", "-o", str(output), "--device", "cpu"]) == 0
+    )
+    percent = float(
+        re.search(r"([\d.]+)% accuracy on 50 held-out digits", capsys.readouterr().out)[1]
+    )
     model = dinoreg.load(output)
     x, classes = train_digits.read_folder(folder / "val")
     assert model.labels == make_digits.LABELS and model.transform.size == (28, 28)
@@ -84,8 +94,17 @@ def test_scenes(tmp_path):
     pytest.importorskip("matplotlib")
     assert make_digits.main([str(tmp_path), "--scenes"]) == 0
     for part, count in (("train", 400), ("val", 100), ("example", 5)):
-        assert all(len(os.listdir(tmp_path / part / kind)) == count for kind in ("images", "masks", "shapes"))
+        assert all(
+            len(os.listdir(tmp_path / part / kind)) == count
+            for kind in ("images", "masks", "shapes")
+        )
     assert len((tmp_path / "classes.txt").read_text().splitlines()) == 11
-    found = {value for path in (tmp_path / "example" / "masks").iterdir() for _, value in Image.open(path).getcolors()}
+    found = {
+        value
+        for path in (tmp_path / "example" / "masks").iterdir()
+        for _, value in Image.open(path).getcolors()
+    }
     assert found == set(range(11))
-    assert {value for _, value in Image.open(tmp_path / "val" / "shapes" / "000.png").getcolors()} == {0, 1}
+    assert {
+        value for _, value in Image.open(tmp_path / "val" / "shapes" / "000.png").getcolors()
+    } == {0, 1}

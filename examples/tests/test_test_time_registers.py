@@ -1,4 +1,7 @@
-"""Tests of examples/test_time_registers.py: `python -m pytest examples/tests/test_test_time_registers.py`."""
+"""Tests of examples/test_time_registers.py.
+
+Run them with `python -m pytest examples/tests/test_test_time_registers.py`.
+"""
 
 import json
 from dataclasses import replace
@@ -15,12 +18,16 @@ import test_time_registers
 from test_dinoreg import SALIENCY_WEIGHTS
 from test_time_registers import add_register, find_register_neurons
 
-PLAIN = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=32, num_register_tokens=0)
+PLAIN = dinoreg.Config(
+    embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=32, num_register_tokens=0
+)
 PLANTED = {1: [70]}  # the neuron that fires at bright patches, and writes a large vector there
 
 
 def planted_model(config: dinoreg.Config = PLAIN) -> dinoreg.DinoVisionTransformer:
-    """A random model in which bright patches become outliers in block 1. Neuron 5 of block 2 fires at outliers."""
+    """A random model in which bright patches become outliers in block 1. Neuron 5 of block 2 fires
+    at outliers.
+    """
     torch.manual_seed(0)
     model = dinoreg.DinoVisionTransformer(config).eval()
     model.transform = dinoreg.Transform().at_size(32)
@@ -29,7 +36,8 @@ def planted_model(config: dinoreg.Config = PLAIN) -> dinoreg.DinoVisionTransform
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.3 * parameter[0].numel() ** -0.5)
         proj = model.patch_embed.proj.weight
-        proj.sub_(proj.mean(dim=(1, 2, 3), keepdim=True))  # brightness is in channel 0 of a token only
+        # Brightness is in channel 0 of a token only.
+        proj.sub_(proj.mean(dim=(1, 2, 3), keepdim=True))
         proj[0], model.patch_embed.proj.bias[0], model.pos_embed[..., 0] = 0.006, 0, 0
         outlier = torch.randn(config.embed_dim)
         cause, effect = model.blocks[1].mlp, model.blocks[2].mlp
@@ -41,7 +49,9 @@ def planted_model(config: dinoreg.Config = PLAIN) -> dinoreg.DinoVisionTransform
 
 
 def images_with_bright_patches(*places: list[tuple[int, int]], size: int = 32) -> torch.Tensor:
-    """An image (3, size, size) of noise for each argument, with these patches (row, column) bright."""
+    """An image (3, size, size) of noise for each argument, with these patches (row, column)
+    bright.
+    """
     torch.manual_seed(1)
     images = torch.randn(len(places), 3, size, size) * 0.3
     for image, patches in zip(images, places):
@@ -76,7 +86,10 @@ def test_the_planted_neurons_are_found_and_their_outliers_move_to_the_register()
     assert (after < 2 * before.median()).all()
     (tokens,) = model.run_blocks(model.prepare_tokens_with_masks(IMAGES), wanted=[2])
     assert (tokens[:, 1].norm(dim=-1) > 3 * after.median()).all()
-    with pytest.raises(ValueError, match=r"no patch has a norm above 100 times the median: the largest has \d+\.\d\d times"):
+    with pytest.raises(
+        ValueError,
+        match=r"no patch has a norm above 100 times the median: the largest has \d+\.\d\d times",
+    ):
         find_register_neurons(planted_model(), IMAGES, cutoff=100)
 
 
@@ -125,8 +138,15 @@ def test_tokens_other_than_the_outliers_keep_their_places():
 def test_batches_lists_and_all_outputs_agree(R):
     model = planted_model(replace(PLAIN, num_register_tokens=R))
     add_register(model, PLANTED | {3: [1, 2, 3]})
-    batch, small = model.forward_features(IMAGES), images_with_bright_patches([(1, 1)], [(3, 0)], size=16)
-    assert batch["x_norm_patchtokens"].shape == (3, 64, 32) and batch["x_norm_regtokens"].shape == (3, R + 1, 32)
+    batch, small = (
+        model.forward_features(IMAGES),
+        images_with_bright_patches([(1, 1)], [(3, 0)], size=16),
+    )
+    assert batch["x_norm_patchtokens"].shape == (3, 64, 32) and batch["x_norm_regtokens"].shape == (
+        3,
+        R + 1,
+        32,
+    )
     for i in range(3):
         alone = model.forward_features(IMAGES[i : i + 1])
         for key in ("x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens"):
@@ -151,21 +171,32 @@ def test_the_register_can_be_trained_removed_and_is_not_saved(tmp_path):
     keys = list(model.state_dict())
     remove = add_register(model, PLANTED)
     model(IMAGES)[:, 0].sum().backward()
-    assert model.register_tokens.grad.abs().sum() > 0 and model.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match=r"cannot be saved as it is: blocks\.1\.mlp is MlpWithRegister"):
+    assert (
+        model.register_tokens.grad.abs().sum() > 0
+        and model.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
+    )
+    with pytest.raises(
+        ValueError, match=r"cannot be saved as it is: blocks\.1\.mlp is MlpWithRegister"
+    ):
         dinoreg.save(model, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
     remove()
     with torch.no_grad():
         assert torch.equal(model.forward_features(IMAGES)["x_prenorm"], before)
-    assert list(model.state_dict()) == keys and model.register_tokens is None and model.num_register_tokens == 0
+    assert (
+        list(model.state_dict()) == keys
+        and model.register_tokens is None
+        and model.num_register_tokens == 0
+    )
     dinoreg.save(model, tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("neurons", [{4: [0]}, {-1: [0]}, {0: [128]}, {0: [-1]}])
 def test_neurons_that_the_model_does_not_have(neurons):
     model = planted_model()
-    with pytest.raises(ValueError, match=rf"block {next(iter(neurons))} of the model has no MLP with the neurons"):
+    with pytest.raises(
+        ValueError, match=rf"block {next(iter(neurons))} of the model has no MLP with the neurons"
+    ):
         add_register(model, neurons)
     assert model.num_register_tokens == 0 and model.register_tokens is None
 
@@ -176,7 +207,10 @@ def test_other_mlps_are_refused():
     with pytest.raises(ValueError, match="block 1 of the model has no MLP"):
         add_register(model, {1: [70]})
     swiglu = dinoreg.DinoVisionTransformer(replace(PLAIN, ffn="swiglu"))
-    for other, found in ((model, "block 1 has a MlpWithRegister"), (swiglu, "block 0 has a SwiGLU")):
+    for other, found in (
+        (model, "block 1 has a MlpWithRegister"),
+        (swiglu, "block 0 has a SwiGLU"),
+    ):
         with pytest.raises(ValueError, match=f"register neurons are those of an Mlp, but {found}"):
             find_register_neurons(other, IMAGES)
     with pytest.raises(ValueError, match="block 0 of the model has no MLP"):
@@ -204,7 +238,11 @@ def test_the_script_prints_neurons_and_norms(tmp_path, capsys):
     broken.write_bytes(b"no image")
     options = ("--model", weights, "--resolution", 32, "--count", 1)
     status, (found, record), err = call(capsys, broken, photo, *options)
-    assert status == 1 and err.startswith(f"test_time_registers: {broken}: ") and "Traceback" not in err
+    assert (
+        status == 1
+        and err.startswith(f"test_time_registers: {broken}: ")
+        and "Traceback" not in err
+    )
     assert found == {"neurons": {"1": [70]}}
 
     image = dinoreg.preprocess(photo, 32, True, 4)
@@ -235,14 +273,23 @@ def test_add_register_option_of_other_scripts(tmp_path):
     weights, photo = tmp_path / "planted.safetensors", write_photo(tmp_path / "photo.png")
     dinoreg.save(planted_model(), weights)
     options = [photo, "--model", weights, "--resolution", 32, "--add-register", 3, "-o", tmp_path]
-    assert visualize.main(list(map(str, [*options, "--npy"]))) == find_objects.main(list(map(str, options))) == 0
-    assert np.load(tmp_path / "photo_planted_attention.npy").shape == (1, 4, 2, 8, 8)  # of CLS and of the added register
+    assert (
+        visualize.main(list(map(str, [*options, "--npy"])))
+        == find_objects.main(list(map(str, options)))
+        == 0
+    )
+    # The attention of CLS and of the added register.
+    assert np.load(tmp_path / "photo_planted_attention.npy").shape == (1, 4, 2, 8, 8)
 
 
-@pytest.mark.skipif(not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here")
+@pytest.mark.skipif(
+    not SALIENCY_WEIGHTS.exists(), reason="the ViT-S/14 fine-tuned for saliency is not here"
+)
 def test_mild_outliers_of_a_real_model(capsys):
     photo = Path(__file__).parents[1] / "images" / "astronaut.jpg"
-    status, (found, record), _ = call(capsys, photo, "--model", SALIENCY_WEIGHTS, "--cutoff", 1.4, "--resolution", 280)
+    status, (found, record), _ = call(
+        capsys, photo, "--model", SALIENCY_WEIGHTS, "--cutoff", 1.4, "--resolution", 280
+    )
     assert status == 0 and sum(map(len, found["neurons"].values())) == 50
     assert record["largest_norm"][1] < 0.75 * record["largest_norm"][0]
     assert record["register_norm"] > record["largest_norm"][1]

@@ -1,4 +1,7 @@
-"""Tests of the scripts visualize.py, find_objects.py and explore.py; the page of the last has its own, test_explore.py."""
+"""Tests of the scripts visualize.py, find_objects.py and explore.py.
+
+The page of the last has its own, test_explore.py.
+"""
 
 import json
 import os
@@ -41,33 +44,49 @@ def random_photo(width: int, height: int) -> Image.Image:
 
 @pytest.fixture
 def call(capsys):
-    """Run a script in this process: its exit status, standard output and the lines of its error messages."""
+    """Run a script in this process: its exit status, standard output and the lines of its error
+    messages.
+    """
 
     def call(script, *arguments):
         name = script.__name__
         capsys.readouterr()
         status = script.main([*map(str, arguments)])
         out, err = capsys.readouterr()
-        return status, out, [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{name}: ")]
+        return (
+            status,
+            out,
+            [line for line in err.replace("\r", "\n").splitlines() if line.startswith(f"{name}: ")],
+        )
 
     return call
 
 
 def test_a_script_runs_in_a_clone_that_is_not_installed(tmp_path):
-    arguments = [HERE / "images" / "two.png", "--model", HERE / "digits.safetensors", "-o", tmp_path / "page.html"]
+    arguments = [
+        HERE / "images" / "two.png",
+        "--model",
+        HERE / "digits.safetensors",
+        "-o",
+        tmp_path / "page.html",
+    ]
     command = [sys.executable, HERE / "explore.py", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
     assert result.returncode == 0, result.stderr
     assert os.listdir(tmp_path) == ["page.html"]
 
 
 @pytest.mark.parametrize("script", ["visualize", "explore", "find_objects"])
 def test_plotting_libraries_are_imported_after_the_arguments_are_parsed(script):
-    imports = re.findall(r"^(?:import|from) (\w+)", (HERE / f"{script}.py").read_text(), re.MULTILINE)
+    imports = re.findall(
+        r"^(?:import|from) (\w+)", (HERE / f"{script}.py").read_text(), re.MULTILINE
+    )
     assert "common" in imports and not {"matplotlib", "scipy", "sklearn"} & set(imports)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # visualize.py
 
 
@@ -134,16 +153,21 @@ def test_maps_match_the_model_and_take_one_pass(config):
 
 def test_the_same_feature_has_the_same_colour_in_all_photos():
     torch.manual_seed(0)
-    parts = torch.cat([torch.full((1, 16), 9.0), torch.randn(4, 16)])  # the background and four parts of objects
+    # The background and four parts of objects.
+    parts = torch.cat([torch.full((1, 16), 9.0), torch.randn(4, 16)])
     photos, places = [], [torch.zeros(6, 8, dtype=torch.long) for _ in range(2)]
     for place, inside in zip(places, ([1, 2, 3, 1], [3, 4, 1, 4])):
         place[1:-1, 1:-1] = torch.tensor(inside)[:, None]
         photos.append({"features": parts[place] + 0.01 * torch.randn(6, 8, 16), "norms": place})
     visualize.add_colours(photos)
     first, second = (photo["colours"] for photo in photos)
-    assert torch.equal(first.any(dim=2), places[0] > 0) and torch.equal(second.any(dim=2), places[1] > 0)
+    assert torch.equal(first.any(dim=2), places[0] > 0) and torch.equal(
+        second.any(dim=2), places[1] > 0
+    )
     means = [
-        colours[place == part].mean(dim=0) for colours, place in ((first, places[0]), (second, places[1])) for part in (1, 3)
+        colours[place == part].mean(dim=0)
+        for colours, place in ((first, places[0]), (second, places[1]))
+        for part in (1, 3)
     ]
     assert torch.allclose(torch.stack(means[:2]), torch.stack(means[2:]), atol=0.05)
     assert (means[0] - means[1]).abs().max() > 0.5
@@ -169,7 +193,9 @@ def test_visualize_draws_a_row_for_each_model_and_counts_outliers(tmp_path, call
     assert status == 1
     assert [line.split(": ")[1] for line in errors] == [str(images[0]), str(images[3])]
     outliers, none = printed.splitlines()
-    assert outliers.startswith(f"{models[0]}: 4.00% of 50 patches") and none.startswith(f"{models[1]}: 0.00% of 50 ")
+    assert outliers.startswith(f"{models[0]}: 4.00% of 50 patches") and none.startswith(
+        f"{models[1]}: 0.00% of 50 "
+    )
     assert sorted(os.listdir(out)) == ["photo_2_features.png", "photo_features.png"]
     two = np.asarray(Image.open(out / "photo_features.png").convert("RGB")).astype(int)
 
@@ -185,10 +211,15 @@ def test_visualize_draws_a_row_for_each_model_and_counts_outliers(tmp_path, call
     # Only the outlier is yellow, in the map of norms, which is the third column: one of 25 patches.
     yellow = (abs(one - [253, 231, 37]).max(axis=2) < 3).sum(axis=0)
     columns = yellow.reshape(4, -1).sum(axis=1)
-    assert columns.argmax() == 2 and columns[2] == pytest.approx((one.shape[1] / 4) ** 2 / 25, rel=0.15)
+    assert columns.argmax() == 2 and columns[2] == pytest.approx(
+        (one.shape[1] / 4) ** 2 / 25, rel=0.15
+    )
     # All rows share one scale of norms, so that those of the other model are dark.
     width = two.shape[1] // 8
-    lower = two[two.shape[0] * 6 // 10 : two.shape[0] * 8 // 10, 2 * width + width // 5 : 3 * width - width // 5]
+    lower = two[
+        two.shape[0] * 6 // 10 : two.shape[0] * 8 // 10,
+        2 * width + width // 5 : 3 * width - width // 5,
+    ]
     assert abs(lower - [68, 1, 84]).max() < 15
 
 
@@ -197,13 +228,23 @@ def test_maps_are_written_as_arrays(tmp_path, call):
     dinoreg.save(model, tmp_path / "tiny.safetensors")
     for name, size in (("a", (24, 16)), ("b", (16, 24))):
         random_photo(*size).save(tmp_path / f"{name}.png")
-    args = [tmp_path / "a.png", tmp_path / "b.png", "--model", tmp_path / "tiny.safetensors", "--npy", "-o", tmp_path]
+    args = [
+        tmp_path / "a.png",
+        tmp_path / "b.png",
+        "--model",
+        tmp_path / "tiny.safetensors",
+        "--npy",
+        "-o",
+        tmp_path,
+    ]
     colours = []
     for per_photo in ([], ["--per-photo"]):
         status, _, errors = call(visualize, *args, *per_photo)
         assert status == 0 and not errors
         expected = [
-            visualize.see(model, preprocess(tmp_path / f"{name}.png", 20, True, 4, transform=model.transform))
+            visualize.see(
+                model, preprocess(tmp_path / f"{name}.png", 20, True, 4, transform=model.transform)
+            )
             for name in "ab"
         ]
         for group in ([maps] for maps in expected) if per_photo else [expected]:
@@ -224,7 +265,11 @@ def test_maps_are_written_as_arrays(tmp_path, call):
 @pytest.mark.parametrize("script", [visualize, explore, find_objects])
 @pytest.mark.parametrize(
     "model, size, reason",
-    [("none.pth", 20, "no such file"), ("bad.pth", 20, "not a checkpoint"), ("tiny.safetensors", 3, "at least 4")],
+    [
+        ("none.pth", 20, "no such file"),
+        ("bad.pth", 20, "not a checkpoint"),
+        ("tiny.safetensors", 3, "at least 4"),
+    ],
 )
 def test_start_errors_are_one_line(tmp_path, call, script, model, size, reason):
     random_photo(20, 20).save(tmp_path / "photo.png")
@@ -261,12 +306,14 @@ def test_a_stride_makes_the_grid_denser(tmp_path, call, script):
     assert status == 2 and "--stride must be a divisor of the patch size, 4, got 3" in error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # explore.py
 
 
 def cosine_error(x: torch.Tensor, y: torch.Tensor) -> float:
-    """The largest difference of a cosine between all pairs of rows of x (M, D) and those of y (M, K)."""
+    """The largest difference of a cosine between all pairs of rows of x (M, D) and those of y
+    (M, K).
+    """
     own, kept = (F.cosine_similarity(z[:, None], z[None], dim=2) for z in (x, y.float()))
     return (own - kept).abs().max().item()
 
@@ -299,7 +346,11 @@ def test_few_features_are_compressed(count, dim):
 
 def test_explore_continues_after_a_bad_image(tmp_path, call):
     (tmp_path / "broken.png").write_text("no image")
-    two, page, model = HERE / "images" / "two.png", tmp_path / "page.html", HERE / "digits.safetensors"
+    two, page, model = (
+        HERE / "images" / "two.png",
+        tmp_path / "page.html",
+        HERE / "digits.safetensors",
+    )
     status, _, (error,) = call(explore, two, tmp_path / "broken.png", "--model", model, "-o", page)
     assert status == 1 and "broken.png: cannot identify" in error and page.exists()
     page.unlink()
@@ -309,7 +360,7 @@ def test_explore_continues_after_a_bad_image(tmp_path, call):
     assert status == 2 and "--layers must be among the 3 blocks" in error and not page.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # find_objects.py
 
 
@@ -325,7 +376,11 @@ def lost_by_hand(similarity: np.ndarray, h: int, w: int, k: int) -> np.ndarray:
     while edge:
         p = edge.pop()
         found.add(p)
-        near = {p + step for step in (-w, w)} | ({p - 1} if p % w else set()) | ({p + 1} if (p + 1) % w else set())
+        near = (
+            {p + step for step in (-w, w)}
+            | ({p - 1} if p % w else set())
+            | ({p + 1} if (p + 1) % w else set())
+        )
         edge |= near & alike - found
     return np.array([p in found for p in patches]).reshape(h, w)
 
@@ -336,7 +391,9 @@ def test_lost_matches_the_text_of_the_paper(seed, monkeypatch):
     torch.manual_seed(seed)
     h, w = 8, 11
     features = torch.randn(5, 3, 4) if seed % 2 else torch.randn(5, 4, 4)
-    features = torch.nn.functional.interpolate(features.permute(2, 0, 1)[None], size=(h, w), mode="bilinear")
+    features = torch.nn.functional.interpolate(
+        features.permute(2, 0, 1)[None], size=(h, w), mode="bilinear"
+    )
     features = features[0].flatten(1).T + 0.5 * torch.randn(h * w, 4)
     similarity = features @ features.T
     mask = find_objects.lost(similarity, h, w)
@@ -350,13 +407,19 @@ def test_lost_finds_the_smaller_part_if_connected():
     mask[3:6, 2:7] = True
     other = torch.zeros(h, w, dtype=torch.bool)
     other[8, 10] = True  # similar to the object, but not connected to it
-    features = torch.where((mask | other).flatten()[:, None], torch.tensor([1.0, 0.2]), torch.tensor([-1.0, 0.2]))
+    features = torch.where(
+        (mask | other).flatten()[:, None], torch.tensor([1.0, 0.2]), torch.tensor([-1.0, 0.2])
+    )
     found = find_objects.lost(features @ features.T, h, w)
     assert np.array_equal(found, mask)
     assert find_objects.find_box(found, 120, 100) == [20, 30, 70, 60]
     assert find_objects.find_box(found, 60, 205) == [10, 62, 35, 123]
     nothing = find_objects.lost(-torch.ones(h * w, h * w), h, w)
-    assert nothing.shape == (h, w) and not nothing.any() and find_objects.find_box(nothing, 120, 100) is None
+    assert (
+        nothing.shape == (h, w)
+        and not nothing.any()
+        and find_objects.find_box(nothing, 120, 100) is None
+    )
 
 
 def test_a_mask_of_most_of_the_border_is_inverted():
@@ -374,7 +437,9 @@ def test_a_mask_of_most_of_the_border_is_inverted():
 def test_keys_queries_and_values_are_those_of_the_last_block(config):
     model, x = randomised(config), torch.randn(3, 16, 24)
     seen = []
-    hook = model.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = model.blocks[-1].attn.qkv.register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
     with torch.inference_mode():
         model(x[None])
     hook.remove()
@@ -394,8 +459,20 @@ def test_find_objects_prints_and_draws_the_box(tmp_path, call):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise to stand upright
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    images, out = [tmp_path / name for name in ("photo.png", "text.png", "turned.png", "none.png")], tmp_path / "out"
-    args = ["--model", tmp_path / "tiny.safetensors", "--resolution", 40, "--output", out, "--features", "keys"]
+    images, out = (
+        [tmp_path / name for name in ("photo.png", "text.png", "turned.png", "none.png")],
+        tmp_path / "out",
+    )
+    args = [
+        "--model",
+        tmp_path / "tiny.safetensors",
+        "--resolution",
+        40,
+        "--output",
+        out,
+        "--features",
+        "keys",
+    ]
 
     status, printed, errors = call(find_objects, *images, *args)
     assert status == 1
@@ -403,7 +480,9 @@ def test_find_objects_prints_and_draws_the_box(tmp_path, call):
     x = preprocess(photo, 40, keep_aspect=True, patch_size=4)
     keys = find_objects.last_attention(model, x)["keys"]
     gram = keys @ keys.T
-    mask = find_objects.lost(gram + find_objects.BIAS["keys"] * gram.mean(), x.shape[1] // 4, x.shape[2] // 4)
+    mask = find_objects.lost(
+        gram + find_objects.BIAS["keys"] * gram.mean(), x.shape[1] // 4, x.shape[2] // 4
+    )
     mask = find_objects.exclude_border(mask)
     box = find_objects.find_box(mask, 96, 64)
     left, top, right, bottom = box
@@ -414,7 +493,9 @@ def test_find_objects_prints_and_draws_the_box(tmp_path, call):
     ]
 
     assert sorted(os.listdir(out)) == ["photo_object.png", "turned_object.png"]
-    picture, turned = (np.asarray(Image.open(out / f"{name}_object.png")) for name in ("photo", "turned"))
+    picture, turned = (
+        np.asarray(Image.open(out / f"{name}_object.png")) for name in ("photo", "turned")
+    )
     assert picture.shape == (64, 96, 3) and np.array_equal(picture, turned)
     yellow = (picture == [255, 255, 0]).all(axis=2)
     y, x = yellow.nonzero()
@@ -431,7 +512,16 @@ def test_the_bias_makes_all_patches_similar_or_none(tmp_path, call, bias, box):
     dinoreg.save(randomised(TINY), tmp_path / "tiny.safetensors")
     photo = random_photo(96, 64)
     photo.save(tmp_path / "photo.png")
-    args = ["--features", "keys", "--bias", bias, "--model", tmp_path / "tiny.safetensors", "--resolution", 40]
+    args = [
+        "--features",
+        "keys",
+        "--bias",
+        bias,
+        "--model",
+        tmp_path / "tiny.safetensors",
+        "--resolution",
+        40,
+    ]
     _, printed, _ = call(find_objects, tmp_path / "photo.png", *args, "--output", tmp_path)
     assert json.loads(printed) == {"image": str(tmp_path / "photo.png"), "box": box}
     same = (np.asarray(Image.open(tmp_path / "photo_object.png")) == photo).all(axis=2)
@@ -453,6 +543,9 @@ def test_objects_found_with_fine_tuned_weights(tmp_path, call, features):
     width, height = (max(0, min(cup[i + 2], true[i + 2]) - max(cup[i], true[i])) for i in (0, 1))
     area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (cup, true))
     assert width * height / (area - width * height) > 0.85
-    cat = np.asarray(Image.open(images[2])) == np.asarray(Image.open(tmp_path / "chelsea_object.png"))
-    assert cat[60:240, 120:330].mean() > 0.95  # the mask contains her face, although it fills most of the photo
+    cat = np.asarray(Image.open(images[2])) == np.asarray(
+        Image.open(tmp_path / "chelsea_object.png")
+    )
+    # The mask contains her face, although it fills most of the photo.
+    assert cat[60:240, 120:330].mean() > 0.95
     assert cat[:60, 380:].mean() < 0.1  # and not the background

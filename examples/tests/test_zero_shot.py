@@ -25,7 +25,14 @@ from zero_shot import DinoTxt, TextEncoder, VisionHead
 
 CONFIG = dinoreg.Config(embed_dim=32, depth=2, num_heads=4, image_size=70)
 HEAD = {"input_dim": 32, "num_heads": 4, "num_blocks": 2}
-TEXT = {"embed_dim": 64, "context_length": 9, "vocab_size": 60, "dim": 48, "num_heads": 3, "num_layers": 2}
+TEXT = {
+    "embed_dim": 64,
+    "context_length": 9,
+    "vocab_size": 60,
+    "dim": 48,
+    "num_heads": 3,
+    "num_layers": 2,
+}
 START, END = 58, 59  # tokens
 
 
@@ -36,21 +43,32 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def small_model() -> DinoTxt:
-    model = DinoTxt(dinoreg.DinoVisionTransformer(CONFIG), VisionHead(**HEAD), TextEncoder(**TEXT)).eval()
+    model = DinoTxt(
+        dinoreg.DinoVisionTransformer(CONFIG), VisionHead(**HEAD), TextEncoder(**TEXT)
+    ).eval()
     with torch.no_grad():
         for i, (name, x) in enumerate(sorted(model.named_parameters())):
             if name != "logit_scale":
                 centre = 1 if x.ndim == 1 and not name.endswith("bias") else 0
-                x.copy_(noise(*x.shape, seed=i) * (2 * x[0].numel() ** -0.5 if x.ndim > 1 else 0.3) + centre)
+                x.copy_(
+                    noise(*x.shape, seed=i) * (2 * x[0].numel() ** -0.5 if x.ndim > 1 else 0.3)
+                    + centre
+                )
     return model
 
 
 MODEL = small_model()
 IMAGES = noise(2, 3, 28, 42) * 2
-TOKENS = torch.tensor([[START, 3, 17, END, 0, 0, 0, 0, 0], [START, 40, 41, 5, 6, 7, 8, 9, END], [START, END] + [0] * 7])
+TOKENS = torch.tensor(
+    [
+        [START, 3, 17, END, 0, 0, 0, 0, 0],
+        [START, 40, 41, 5, 6, 7, 8, 9, END],
+        [START, END] + [0] * 7,
+    ]
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -62,7 +80,10 @@ def test_outputs_are_those_of_the_official_code():
     expected = [[3.418351, 0.33726, 1.95089, 0.329528], [3.047811, -0.026715, 1.873155, -0.386296]]
     assert torch.allclose(patches[:, 5, ::8], torch.tensor(expected), atol=2e-5)
     images = MODEL.encode_image(IMAGES)
-    expected = [[2.683196, 0.236323, 0.466826, -0.102636, 0.979265], [1.411045, -0.90254, 0.22045, -0.502542, 1.264249]]
+    expected = [
+        [2.683196, 0.236323, 0.466826, -0.102636, 0.979265],
+        [1.411045, -0.90254, 0.22045, -0.502542, 1.264249],
+    ]
     assert torch.allclose(images[:, ::13], torch.tensor(expected), atol=2e-5)
     texts = MODEL.encode_text(TOKENS)
     expected = [
@@ -75,8 +96,12 @@ def test_outputs_are_those_of_the_official_code():
     expected = [[0.734944, 0.582313, 1.75837], [-1.180767, -0.455366, -1.007747]]
     assert torch.allclose(image_logits, torch.tensor(expected), atol=2e-5)
     assert torch.equal(text_logits, image_logits.T)
-    assert torch.allclose(MODEL.encode_image(IMAGES, normalize=True), images / images.norm(dim=1, keepdim=True))
-    assert torch.allclose(MODEL.encode_text(TOKENS, normalize=True), texts / texts.norm(dim=1, keepdim=True))
+    assert torch.allclose(
+        MODEL.encode_image(IMAGES, normalize=True), images / images.norm(dim=1, keepdim=True)
+    )
+    assert torch.allclose(
+        MODEL.encode_text(TOKENS, normalize=True), texts / texts.norm(dim=1, keepdim=True)
+    )
 
 
 def test_names_and_sizes_of_the_official_files():
@@ -88,21 +113,39 @@ def test_names_and_sizes_of_the_official_files():
     assert sum(x.numel() for x in text.parameters()) == 538_131_200
     shapes = {key: tuple(x.shape) for key, x in model.state_dict().items()}
     block = "visual_model.head.block_list.1"
-    assert shapes[f"{block}.attn.qkv.weight"] == (3072, 1024) and f"{block}.attn.qkv.bias" not in shapes
-    assert {f"{block}.{key}" for key in ("norm1.bias", "attn.proj.bias", "ls1.gamma", "norm2.weight", "ls2.gamma")} <= {
-        *shapes
-    }
+    assert (
+        shapes[f"{block}.attn.qkv.weight"] == (3072, 1024)
+        and f"{block}.attn.qkv.bias" not in shapes
+    )
+    assert {
+        f"{block}.{key}"
+        for key in ("norm1.bias", "attn.proj.bias", "ls1.gamma", "norm2.weight", "ls2.gamma")
+    } <= {*shapes}
     assert shapes[f"{block}.mlp.w1.weight"] == shapes[f"{block}.mlp.w2.weight"] == (2752, 1024)
-    assert shapes[f"{block}.mlp.w3.weight"] == (1024, 2752) and shapes["visual_model.head.ln_final.bias"] == (1024,)
+    assert shapes[f"{block}.mlp.w3.weight"] == (1024, 2752) and shapes[
+        "visual_model.head.ln_final.bias"
+    ] == (1024,)
     block = "text_model.backbone.blocks.23"
-    assert shapes[f"{block}.attention.qkv.weight"] == (3840, 1280) and f"{block}.attention.qkv.bias" not in shapes
-    assert {f"{block}.{key}" for key in ("attention_norm.bias", "attention.proj.bias", "ffn_norm.bias")} <= {*shapes}
-    assert shapes[f"{block}.feed_forward.fc1.weight"] == (5120, 1280) and f"{block}.feed_forward.fc2.bias" in shapes
+    assert (
+        shapes[f"{block}.attention.qkv.weight"] == (3840, 1280)
+        and f"{block}.attention.qkv.bias" not in shapes
+    )
+    assert {
+        f"{block}.{key}" for key in ("attention_norm.bias", "attention.proj.bias", "ffn_norm.bias")
+    } <= {*shapes}
+    assert (
+        shapes[f"{block}.feed_forward.fc1.weight"] == (5120, 1280)
+        and f"{block}.feed_forward.fc2.bias" in shapes
+    )
     assert shapes["text_model.backbone.token_embedding.weight"] == (49408, 1280)
     assert shapes["text_model.backbone.positional_embedding"] == (77, 1280)
     assert shapes["text_model.head.linear_projection.weight"] == (2048, 1280)
     assert "visual_model.backbone.model.register_tokens" in shapes and shapes["logit_scale"] == (1,)
-    assert {module.eps for module in [*head.modules(), *text.modules()] if isinstance(module, torch.nn.LayerNorm)} == {1e-5}
+    assert {
+        module.eps
+        for module in [*head.modules(), *text.modules()]
+        if isinstance(module, torch.nn.LayerNorm)
+    } == {1e-5}
 
 
 @torch.inference_mode()
@@ -125,21 +168,26 @@ def test_compare_gives_cosines_of_images_and_of_patches():
     assert [patches.shape for _, patches in mixed] == [(2, 3, 4), (2, 2, 4), (2, 3, 4)]
     _, tokens = MODEL.get_visual_class_and_patch_tokens(IMAGES)
     for i, (whole, patches) in enumerate(both):
-        assert torch.allclose(whole, F.cosine_similarity(MODEL.encode_image(IMAGES[i : i + 1]), text), atol=1e-6)
+        assert torch.allclose(
+            whole, F.cosine_similarity(MODEL.encode_image(IMAGES[i : i + 1]), text), atol=1e-6
+        )
         for row, column in ((0, 0), (0, 2), (1, 1)):
-            expected = F.cosine_similarity(tokens[i, row * 3 + column], text[:, 32:])  # the half for patches
+            # With the half of the text features that is for patches.
+            expected = F.cosine_similarity(tokens[i, row * 3 + column], text[:, 32:])
             assert torch.allclose(patches[row, column], expected, atol=1e-6)
         for one, other in zip(both[i], mixed[2 * i]):
             assert torch.allclose(one, other, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The script, with a small model on a server in place of the official host
 
 
 def tokenize(texts: list[str], context_length: int = 9) -> torch.Tensor:
     """Tokens of words, in place of CLIP's."""
-    rows = [[START, *(sum(map(ord, word)) % 58 for word in text.split()[:7]), END] for text in texts]
+    rows = [
+        [START, *(sum(map(ord, word)) % 58 for word in text.split()[:7]), END] for text in texts
+    ]
     return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
 
 
@@ -150,7 +198,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A server with the three files, and empty caches: `hub.folder`, `hub.requests`, `hub.cache`."""
+    """A server with the three files, and empty caches: `hub.folder`, `hub.requests`,
+    `hub.cache`.
+    """
     folder = tmp_path / "server" / "dinov2_vitl14"
     folder.mkdir(parents=True)
     parts = MODEL.visual_model
@@ -159,7 +209,11 @@ def hub(tmp_path, monkeypatch):
     torch.save(MODEL.text_model.state_dict(), folder / zero_shot.FILE.format("text_encoder"))
     handler = functools.partial(Handler, directory=folder.parent)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.folder, server.requests, server.cache = folder, [], tmp_path / "torch" / "hub" / "checkpoints"
+    server.folder, server.requests, server.cache = (
+        folder,
+        [],
+        tmp_path / "torch" / "hub" / "checkpoints",
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -204,7 +258,9 @@ def class_vectors(templates=("{}",)) -> torch.Tensor:
     """What the official notebook computes, class by class."""
     rows = []
     for name in CLASSES:
-        vectors = F.normalize(MODEL.encode_text(tokenize([template.format(name) for template in templates])), dim=1)
+        vectors = F.normalize(
+            MODEL.encode_text(tokenize([template.format(name) for template in templates])), dim=1
+        )
         rows.append(F.normalize(vectors.mean(dim=0), dim=0))
     return torch.stack(rows)
 
@@ -218,34 +274,64 @@ def probabilities(photo: Path, text: torch.Tensor, **options) -> torch.Tensor:
 def test_scores_of_photos(hub, call, photos, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    status, lines, err = call(*photos[:2], broken, photos[2], "--classes", *CLASSES, "--json", "--size", 28)
+    status, lines, err = call(
+        *photos[:2], broken, photos[2], "--classes", *CLASSES, "--json", "--size", 28
+    )
     records = [json.loads(line) for line in lines]
-    assert status == 1 and [record["image"] for record in records] == [*map(str, [*photos[:2], broken, photos[2]])]
+    assert status == 1 and [record["image"] for record in records] == [
+        *map(str, [*photos[:2], broken, photos[2]])
+    ]
     assert "cannot identify" in records.pop(2)["error"]
     for photo, record in zip(photos, records):
         expected = probabilities(photo, class_vectors(), size=28)
-        found = {prediction["label"]: prediction["probability"] for prediction in record["predictions"]}
+        found = {
+            prediction["label"]: prediction["probability"] for prediction in record["predictions"]
+        }
         assert [found[name] for name in CLASSES] == pytest.approx(expected.tolist(), rel=1e-2)
         assert [*found.values()] == sorted(found.values(), reverse=True)
     assert len(hub.requests) == 3 and len(list(hub.cache.iterdir())) == 3
     assert not Path("pictures").exists()
 
     status, lines, err = call(broken, photos[0], "--classes", *CLASSES, "--size", 28, "--top", 2)
-    assert status == 1 and err.startswith(f"zero_shot: {broken}: cannot identify") and err.count("\n") == 1
+    assert (
+        status == 1
+        and err.startswith(f"zero_shot: {broken}: cannot identify")
+        and err.count("\n") == 1
+    )
     first, second = records[0]["predictions"][:2]
-    assert lines[0].split(maxsplit=2) == [str(photos[0]), f"{first['probability']:.1%}", first["label"]]
-    assert lines[1].split(maxsplit=1) == [f"{second['probability']:.1%}", second["label"]] and len(lines) == 2
+    assert lines[0].split(maxsplit=2) == [
+        str(photos[0]),
+        f"{first['probability']:.1%}",
+        first["label"],
+    ]
+    assert (
+        lines[1].split(maxsplit=1) == [f"{second['probability']:.1%}", second["label"]]
+        and len(lines) == 2
+    )
     assert len(hub.requests) == 3
 
 
 def test_templates_and_the_cache_of_texts(hub, call, photos, tmp_path, monkeypatch):
     templates = ["a photo of {}.", "{} in the wild, far away", "{}"]
     (tmp_path / "classes.txt").write_text("\n".join(["", *CLASSES, ""]), encoding="utf-8-sig")
-    arguments = (photos[0], "--classes", tmp_path / "classes.txt", "--json", "--size", 28, "--templates")
+    arguments = (
+        photos[0],
+        "--classes",
+        tmp_path / "classes.txt",
+        "--json",
+        "--size",
+        28,
+        "--templates",
+    )
     status, (line,), _ = call(*arguments, *templates)
     expected = probabilities(photos[0], class_vectors(templates), size=28)
-    found = {prediction["label"]: prediction["probability"] for prediction in json.loads(line)["predictions"]}
-    assert status == 0 and [found[name] for name in CLASSES] == pytest.approx(expected.tolist(), rel=1e-2)
+    found = {
+        prediction["label"]: prediction["probability"]
+        for prediction in json.loads(line)["predictions"]
+    }
+    assert status == 0 and [found[name] for name in CLASSES] == pytest.approx(
+        expected.tolist(), rel=1e-2
+    )
 
     calls = []
     monkeypatch.setattr(zero_shot, "tokenize", lambda texts: calls.append(texts) or tokenize(texts))
@@ -273,10 +359,18 @@ def test_many_classes_are_encoded_in_batches(hub, monkeypatch):
         return encoder
 
     monkeypatch.setattr(zero_shot, "load", spy)
-    features = zero_shot.encode_classes([*prompts.values()], argparse.Namespace(device="cpu", no_cache=True))
+    features = zero_shot.encode_classes(
+        [*prompts.values()], argparse.Namespace(device="cpu", no_cache=True)
+    )
     assert [encoder() for encoder in encoders] == [None]  # its memory is freed
-    assert sum(rows for rows, _ in seen) == 300 and len(seen) == 5 and max(columns for _, columns in seen) < 9
-    vectors = MODEL.encode_text(tokenize([text for texts in prompts.values() for text in texts]), normalize=True)
+    assert (
+        sum(rows for rows, _ in seen) == 300
+        and len(seen) == 5
+        and max(columns for _, columns in seen) < 9
+    )
+    vectors = MODEL.encode_text(
+        tokenize([text for texts in prompts.values() for text in texts]), normalize=True
+    )
     expected = F.normalize(vectors.unflatten(0, (100, 3)).mean(dim=1), dim=1)
     assert torch.allclose(features, expected, atol=1e-6)
 
@@ -294,16 +388,22 @@ def test_segments_of_photos(hub, call, photos, tmp_path):
     text = class_vectors()
     for photo, record in zip([photos[0], other], records):
         expected = probabilities(photo, text, size=56, keep_aspect=True)
-        assert record["predictions"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-4)
+        assert record["predictions"][0]["probability"] == pytest.approx(
+            expected.max().item(), abs=1e-4
+        )
         x = dinoreg.preprocess(photo, 56, keep_aspect=True)[None]
         with torch.inference_mode():
             _, patches = MODEL.get_visual_class_and_patch_tokens(x)
-        cosines = (F.normalize(patches, dim=2) @ F.normalize(text[:, 32:], dim=1).T).unflatten(1, (x.shape[2] // 14, -1))
+        cosines = (F.normalize(patches, dim=2) @ F.normalize(text[:, 32:], dim=1).T).unflatten(
+            1, (x.shape[2] // 14, -1)
+        )
         with Image.open(photo) as image:
             width, height = image.size
         maps = F.interpolate(cosines.permute(0, 3, 1, 2), (height, width), mode="bilinear")[0]
         shares = torch.bincount(maps.argmax(dim=0).flatten(), minlength=4) / (width * height)
-        assert [record["shares"][name] for name in CLASSES] == pytest.approx(shares.tolist(), abs=0.01)
+        assert [record["shares"][name] for name in CLASSES] == pytest.approx(
+            shares.tolist(), abs=0.01
+        )
         with Image.open(record["picture"]) as picture:
             assert picture.width == 2 * width + 4 and picture.height > height
     many = [f"class {i}" for i in range(300)]
@@ -317,7 +417,11 @@ def test_missing_files_are_named(hub, call, photos):
     status, lines, err = call(photos[0], "--classes", *CLASSES)
     assert status == 2 and not lines
     message = err.splitlines()[-1]
-    names = [zero_shot.FILE.format("vision_head"), zero_shot.FILE.format("text_encoder"), "dinov2_vitl14_reg4_pretrain.pth"]
+    names = [
+        zero_shot.FILE.format("vision_head"),
+        zero_shot.FILE.format("text_encoder"),
+        "dinov2_vitl14_reg4_pretrain.pth",
+    ]
     assert message.startswith("zero_shot: cannot download http://127.0.0.1:") and "404" in message
     assert message.endswith(f"; needed in {hub.cache}: {', '.join(names)}")
 
@@ -328,7 +432,11 @@ def test_wrong_files_and_options_are_reported(hub, call, photos, tmp_path):
     path.write_bytes((hub.folder / zero_shot.FILE.format("text_encoder")).read_bytes())
     status, _, err = call(photos[0], "--classes", *CLASSES)
     cached = hub.cache / path.name
-    assert status == 2 and f"zero_shot: {cached}: not that of dino.txt: " in err and "Missing key" in err
+    assert (
+        status == 2
+        and f"zero_shot: {cached}: not that of dino.txt: " in err
+        and "Missing key" in err
+    )
     cached.write_bytes(original)
     for arguments, message in (
         (("--classes", "a cat"), "No such file or directory: 'a cat'"),
@@ -349,4 +457,7 @@ def test_tokens_and_templates_of_clip():
     assert tokens[2, -2:].tolist() == [2653, 49407]
     prompts = zero_shot.make_prompts(["tench", "{}"], ["imagenet"])
     assert len(prompts["tench"]) == len(set(prompts["tench"])) == 80
-    assert all("tench" in prompt for prompt in prompts["tench"]) and "a photo of a {}." in prompts["{}"]
+    assert (
+        all("tench" in prompt for prompt in prompts["tench"])
+        and "a photo of a {}." in prompts["{}"]
+    )
