@@ -301,8 +301,9 @@ def from_official(
     """The state dict of a model in another dialect. Raises a ValueError if the dialect has no such
     classifier.
     """
-    model, config, tensors = dinoreg.describe_model(model)
-    h, w = config.grid
+    model = dinoreg.rebuild(model)
+    tensors = model.state_dict()
+    h, w = model.config.grid
     if h != w:
         raise ValueError(
             f"a position embedding of {h} x {w} patches is not square: "
@@ -352,7 +353,8 @@ def hf_config(model: DinoVisionTransformer | LinearClassifier) -> dict:
     """The contents of Hugging Face's config.json for a model. Raises a ValueError if it cannot
     describe the model.
     """
-    model, config, _ = dinoreg.describe_model(model)
+    model = dinoreg.rebuild(model)
+    config = model.config
     mlp_ratio = round(config.mlp_ratio)  # an integer there
     if dataclasses.replace(config, mlp_ratio=mlp_ratio).hidden_dim != config.hidden_dim:
         raise ValueError(
@@ -577,9 +579,9 @@ def hf_folder(repo_id: str) -> Path:
             )
         return folder
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         raise OSError(
-            f"{repo_id}: no such file, and no such repository on the Hugging Face hub ({reason})"
+            f"{repo_id}: no such file, and no such repository on the Hugging Face hub "
+            f"({dinoreg.reason(error)})"
         ) from None
 
 
@@ -640,13 +642,14 @@ def read(
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         path = hf_folder(source)
     files = find_files(path) if path.is_dir() else [path]
-    checkpoint: dict[str, Tensor] = {}
-    for file in files:
-        tensors, metadata = dinoreg.read_tensors(file)
-        if "config" in metadata:
-            return dinoreg.load(file, dtype=None), "dinoreg"
-        checkpoint |= tensors
-    try:
+    with dinoreg.naming(source):
+        checkpoint: dict[str, Tensor] = {}
+        for file in files:
+            tensors, metadata = dinoreg.read_tensors(file)
+            if "config" in metadata:
+                config, transform, labels = dinoreg.read_metadata(metadata)
+                return dinoreg.from_state_dict(tensors, config, labels, transform), "dinoreg"
+            checkpoint |= tensors
         described, processor = (
             json.loads(file.read_text(encoding="utf-8"))
             if (file := files[0].with_name(name)).exists()
@@ -655,18 +658,18 @@ def read(
         )
         check_described(described)
         arguments = described.get("model_args", {})
-        backbone, own_head, dialect = to_official(
+        tensors, own_head, dialect = to_official(
             checkpoint, prefix, arguments.get("no_embed_class")
         )
         architecture = described.get("architecture", "")
-        width = backbone["cls_token"].shape[-1]
+        width = tensors["cls_token"].shape[-1]
         if num_heads is None:
             num_heads = described.get("num_attention_heads") or arguments.get("num_heads")
         if num_heads is None and width not in {
             config.embed_dim for config in dinoreg.CONFIGS.values()
         }:
             num_heads = TIMM_HEADS.get("_".join(architecture.split("_")[:2]))
-        config = dinoreg.infer_config(backbone, num_heads=num_heads)
+        config = dinoreg.infer_config(tensors, num_heads=num_heads)
         transform = Transform()
         if processor:
             transform = transform_from_hf(processor)
@@ -679,26 +682,16 @@ def read(
             )
         ]
         if head:
-            own_head, _ = dinoreg.read_tensors(head)
-        state_dict = dinoreg.add_head(backbone, own_head) if own_head else backbone
+            with dinoreg.naming(head):
+                own_head, _ = dinoreg.read_tensors(head)
+            if not labels and len(own_head.get("bias", ())) == len(dinoreg.IMAGENET_CLASSES):
+                labels = dinoreg.IMAGENET_CLASSES
+        if own_head:
+            tensors = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
+            tensors |= {f"linear_head.{key}": tensor for key, tensor in own_head.items()}
         return dinoreg.from_state_dict(
-            state_dict, config, labels if own_head and labels else None, transform
+            tensors, config, labels if own_head else None, transform
         ), dialect
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        # Other JSON.
-        raise ValueError(
-            f"{source}: config.json or preprocessor_config.json is not as Hugging Face's "
-            f"({error!r})"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
 
 
 def write(
@@ -726,7 +719,10 @@ def write(
             )
             dinoreg.write_tensors(tensors, part / "model.safetensors", {"format": "pt"})
         else:
-            torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
+            try:
+                torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
+            except RuntimeError as error:  # of a full disk
+                raise OSError(f"{path}: {dinoreg.reason(error)}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -789,10 +785,8 @@ def main(argv: list[str] | None = None) -> int:
     print(model.config)
     print(model.transform)
     if isinstance(model, LinearClassifier):
-        print(
-            f"{model.layers} layers -> {model.linear_head.out_features} classes: "
-            f"{', '.join((model.labels or [])[:3])}, ..."
-        )
+        labels = dinoreg.printable(", ".join((model.labels or [])[:3]))
+        print(f"{model.layers} layers -> {model.linear_head.out_features} classes: {labels}, ...")
     return 0
 
 

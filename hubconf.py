@@ -53,7 +53,10 @@ def _entry(name):
                     "give pretrained=False too"
                 )
         model = _dinoreg.load(name, layers)
-        return model if changed == config else _dinoreg.from_state_dict(model.state_dict(), changed)
+        if changed == config:
+            return model
+        labels = getattr(model, "labels", None)
+        return _dinoreg.from_state_dict(model.state_dict(), changed, labels)
 
     def backbone(*, pretrained: bool = True, weights="LVD142M", **arguments):
         return build(4, pretrained, weights, arguments)

@@ -8,8 +8,8 @@
 
 All sides have the same random weights, and run once in each turn, in random order; short runs are
 repeated for half a second, and the fastest counts. Figures are medians over the turns, ratios are
-medians of the ratios within each turn. `--device` is that of `forward`, `lists` and `engines`; the
-rest runs on the CPU.
+medians of the ratios within each turn. `--device` is that of `forward` and `engines`; the rest
+runs on the CPU.
 """
 
 import argparse
@@ -147,15 +147,15 @@ def forward(
     args: argparse.Namespace, temp: Path, name: str, size: int, batch: int
 ) -> Iterator[dict]:
     """Forward pass, milliseconds per image, float32 on a CPU and bfloat16 elsewhere; in brackets
-    the ratio to dinoreg: above 1, dinoreg is faster. All tokens are computed and normalised, except
-    that `embed` returns the CLS token only. `matrix products` runs those of the linear layers and
-    nothing else; GFLOP/s is their rate.
+    the ratio to dinoreg: above 1, dinoreg is faster. All tokens are computed and normalized, except
+    that `embed`, of common.py, computes the last block for the CLS token only. `matrix products`
+    runs those of the linear layers and nothing else; GFLOP/s is their rate.
     """
     model = random_model(args, name)
     images = torch.randn(batch, 3, size, size).to(model.pos_embed)
     runs = {
         "dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"],
-        "embed": lambda: model.embed(images),
+        "embed": lambda: common.embed(model, images),
     }
     if OFFICIAL.is_dir():
         official = torch.hub.load(str(OFFICIAL), f"dinov2_{name}", source="local", pretrained=False)
@@ -197,39 +197,11 @@ def forward(
     }
 
 
-FOLDERS = [(16, 4000, 3000), (32, 500, 375)]  # photos, width, height
-NEAR_224 = zip((12, 14, 15, 16, 16, 17, 18, 20), (20, 18, 17, 15, 16, 16, 14, 13))
-LISTS = {
-    "eight images near 224 x 224": [(1, 14 * h, 14 * w) for h, w in NEAR_224],
-    "twelve images of 98 x 98": [(1, 98, 98)] * 12,
-    "a training step: 2 global crops (224), 8 local ones (98)": [(2, 224, 224), (8, 98, 98)],
-}
-
-
-def lists(args: argparse.Namespace, temp: Path, name: str, label: str) -> Iterator[dict]:
-    """Images of several sizes through `forward`, milliseconds for all; in brackets the ratio to one
-    packed pass. Others: a pass for each tensor, and one batch padded with zeros to the largest
-    size, whose features are not the same.
-    """
-    model = random_model(args, name)
-    images = [torch.randn(B, 3, H, W).to(model.pos_embed) for B, H, W in LISTS[label]]
-    H, W = (max(image.shape[side] for image in images) for side in (2, 3))
-    padded = torch.cat(
-        [F.pad(image, (0, W - image.shape[3], 0, H - image.shape[2])) for image in images]
-    )
-    runs = {
-        "packed": lambda: model(images),
-        "one by one": lambda: torch.cat([model(image) for image in images]),
-    }
-    runs["padded"] = lambda: model(padded)
-    yield {"model": name, "images": label, **cells(compare(runs, args.turns, args.seconds))}
-
-
 def engines(
     args: argparse.Namespace, temp: Path, name: str, size: int, batch: int
 ) -> Iterator[dict]:
-    """Ways to compute `embed`, milliseconds per image; in brackets the ratio to float32 (below 1:
-    faster), and the lowest cosine of an embedding to it. `compile` is `torch.compile(model.embed)`;
+    """Ways to compute the CLS token, milliseconds per image; in brackets the ratio to float32
+    (below 1: faster), and the lowest cosine of a token to it. `compile` is `torch.compile(model)`;
     AOTInductor runs a package of export.py, onnxruntime and openvino its ONNX file (`default`:
     openvino's choice of precision).
     """
@@ -247,9 +219,9 @@ def engines(
             copy.deepcopy(model).to(args.device, getattr(torch, dtype)),
             temp / f"{dtype}.pt2",
         )
-        runs[dtype] = partial(cast.embed, images)
+        runs[dtype] = partial(cast, images)
         if has_compiler or not on_cpu:
-            runs[f"compile, {dtype}"] = partial(torch.compile(cast.embed), images)
+            runs[f"compile, {dtype}"] = partial(torch.compile(cast), images)
         if has_compiler and on_cpu:
             export.write(cast, images, package, "aoti")
             runs[f"AOTInductor, {dtype}"] = partial(export.read(package, "aoti"), images)
@@ -339,6 +311,9 @@ def start(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
         }
 
 
+FOLDERS = [(16, 4000, 3000), (32, 500, 375)]  # photos, width, height
+
+
 def folder(
     args: argparse.Namespace, temp: Path, count: int, width: int, height: int
 ) -> Iterator[dict]:
@@ -389,12 +364,10 @@ def fast(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
                 "seen at": size,
             }
         for label, features in (
-            ("reduced size", model.embed(reduced)),
-            ("bfloat16", half.embed(full).float()),
+            ("reduced size", model(reduced)),
+            ("bfloat16", half(full).float()),
         ):
-            row[f"cosine, {label}"] = (
-                f"{F.cosine_similarity(model.embed(full), features).item():.5f}"
-            )
+            row[f"cosine, {label}"] = f"{F.cosine_similarity(model(full), features).item():.5f}"
         yield row
     random.seed(0)
     crops, nearest = (
@@ -403,7 +376,7 @@ def fast(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
     )
     for version in (model, half):
         features = F.normalize(
-            torch.cat([version.embed(batch).float() for batch in crops.split(16)]), dim=1
+            torch.cat([version(batch).float() for batch in crops.split(16)]), dim=1
         )
         nearest.append((features @ features.T).fill_diagonal_(-1).argmax(dim=1))
     same = (nearest[0] == nearest[1]).sum()
@@ -449,7 +422,7 @@ def memory(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
             "model.forward_features(images)",
         )
     dinoreg.save(DinoVisionTransformer(CONFIGS["vitg14_reg"]), temp / "x.safetensors")
-    runs["load, 4.5 GB"] = ("", f"model = load('{temp}/x.safetensors')")
+    runs["load, 4.5 GB, mapped"] = ("", f"model = load('{temp}/x.safetensors', mmap=True)")
     for label, code in runs.items():
         seconds, megabytes = numbers_of([*PYTHON, MEMORY, *code])
         yield {"": label, "seconds": f"{seconds:.2f}", "MB more": f"{megabytes:.0f}"}
@@ -493,9 +466,7 @@ def corpus(args: argparse.Namespace, temp: Path, count: int) -> Iterator[dict]:
 
 # The docstring of a part is printed, and the rows that it yields as a table; `temp` is an empty
 # folder.
-PARTS = {
-    part.__name__: part for part in (forward, lists, engines, start, folder, fast, memory, corpus)
-}
+PARTS = {part.__name__: part for part in (forward, engines, start, folder, fast, memory, corpus)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -521,11 +492,9 @@ def run(args: argparse.Namespace) -> int:
         "whose docstring says how it measures."
     )
     grid = list(itertools.product(args.models, args.pixels, args.batches))
-    cases = {"forward": grid, "engines": grid, "lists": list(itertools.product(args.models, LISTS))}
-    cases |= {"folder": FOLDERS, "corpus": [(count,) for count in args.images]}
-    for name in args.parts or (
-        [*PARTS][:-1] if device.type == "cpu" else ["forward", "lists", "engines"]
-    ):
+    cases = {"forward": grid, "engines": grid, "folder": FOLDERS}
+    cases["corpus"] = [(count,) for count in args.images]
+    for name in args.parts or ([*PARTS][:-1] if device.type == "cpu" else ["forward", "engines"]):
         print(f"\n## {name}\n\n{inspect.getdoc(PARTS[name])}\n")
         with tempfile.TemporaryDirectory() as temp:
             tables = (
@@ -561,7 +530,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=names,
         default=names[:2],
-        help="for forward, lists, engines (default: %(default)s)",
+        help="for forward and engines (default: %(default)s)",
     )
     add(
         "--pixels",
@@ -581,7 +550,7 @@ def main(argv: list[str] | None = None) -> int:
         "--seconds",
         type=float,
         default=60,
-        help="per row of forward, lists, engines, at least (default: %(default)s)",
+        help="per row of forward and engines, at least (default: %(default)s)",
     )
     add(
         "--weights",

@@ -135,9 +135,20 @@ def set_stride(
     return backbone
 
 
-def reason(error: Exception) -> str:
-    """An exception as one line for the user."""
-    return (getattr(error, "strerror", None) or str(error) or repr(error)).partition("\n")[0]
+def embed(model: dinoreg.DinoVisionTransformer, x: Tensor) -> Tensor:
+    """The CLS token (B, D) that `model(x)` returns, with the last block computed for it alone.
+
+    The model must be as `dinoreg.load` returns it: edits of its last block are not seen.
+    """
+    x = model.prepare_tokens_with_masks(x)
+    *blocks, last = model.blocks
+    for block in blocks:
+        x = block(x)
+    q, k, v = last.attn.split_heads(last.attn.qkv(last.norm1(x)))  # each (B, A, N, D / A)
+    heads = F.scaled_dot_product_attention(q[:, :, :1], k, v)
+    x = x[:, :1] + last.ls1(last.attn.proj(heads.transpose(1, 2).flatten(2)))  # (B, 1, D)
+    x = x + last.ls2(last.mlp(last.norm2(x)))
+    return model.norm(x)[:, 0]
 
 
 def read_image(path: Path, *args, **kwargs) -> Tensor | str:
@@ -145,7 +156,7 @@ def read_image(path: Path, *args, **kwargs) -> Tensor | str:
     try:
         return dinoreg.preprocess(path, *args, **kwargs)
     except (OSError, ValueError) as error:
-        return reason(error)
+        return dinoreg.reason(error)
 
 
 def read_ahead(read: Callable, batches: Iterable[Sequence]) -> Iterator[list]:
@@ -215,6 +226,7 @@ def report(script: str, unreadable: dict[Path, str]) -> int:
 # --------------------------------------------------------------------------------------------------
 # Cached features
 
+HEIC = (".heic", ".heif", ".hif")
 SHARD = 1 << 28  # bytes of features in a file of the cache; then another one is begun
 
 # The features of an image file, of any shape; or why it could not be read.
@@ -277,8 +289,8 @@ def cached_features(
             new, tqdm(function(new), total=len(new), unit="image", disable=not new or None)
         ):
             features[path] = x
-            # An image for which a package is missing may be readable with that package.
-            if use_cache and (isinstance(x, Tensor) or "pip install" not in x):
+            # A HEIC image may be readable once pillow-heif is installed.
+            if use_cache and (isinstance(x, Tensor) or path.suffix.lower() not in HEIC):
                 unsaved[str(path.absolute())] = x
             size += x.nbytes if isinstance(x, Tensor) else 0
             if size > SHARD and unsaved:
@@ -330,7 +342,8 @@ def write_shard(entries: dict[str, tuple[list[int] | None, Tensor | str]], path:
 
 
 def read_shard(path: Path) -> dict[str, tuple[list[int] | None, Tensor | str]]:
-    tensors, metadata = dinoreg.read_tensors(path)
+    with dinoreg.naming(path):
+        tensors, metadata = dinoreg.read_tensors(path, mmap=True)
     files = json.loads(metadata["files"])
     parts = iter(
         tensors["features"].split([math.prod(x) for *_, x in files if not isinstance(x, str)])

@@ -9,7 +9,7 @@ read from their URIs. Any storage of fsspec works, s3:// with s3fs and gs:// wit
 Columns of the output:
 
     path            string: the path or URI of the image
-    embedding       fixed-size list of D float16: what `model.embed` returns;
+    embedding       fixed-size list of D float16: the CLS token after the final norm;
                     null if the image could not be read
     patches         tensor (h, w, D) of float16, with --tokens patches:
                     the patch tokens after the final norm
@@ -155,13 +155,13 @@ def decode(path: str, file: bytes | Exception, transform: dinoreg.Transform) -> 
     row = {"path": path, "width": None, "height": None, "error": None, "pixels": None}
     try:
         if isinstance(file, Exception):
-            raise OSError(common.reason(file))
+            raise OSError(dinoreg.reason(file))
         pixels = dinoreg.preprocess(file, normalized=False, transform=transform).numpy()
         width, height = Image.open(io.BytesIO(file)).size
         return row | {"width": width, "height": height, "pixels": pixels}
     except (OSError, ValueError) as error:
         # PIL calls the file <_io.BytesIO ...>.
-        return row | {"error": common.reason(error).partition(" <_io")[0]}
+        return row | {"error": re.sub(" <_io[^>]*>", "", dinoreg.reason(error))}
 
 
 def to_table(rows: list[dict], transform: dinoreg.Transform) -> pa.Table:
@@ -193,7 +193,7 @@ def embed(rows: pa.Table, model: dinoreg.DinoVisionTransformer, tokens: str) -> 
     )
     x = dinoreg.normalize(pixels.unflatten(0, (-1, 3, *model.transform.size)), model.transform)
     if tokens == "cls":
-        columns = {"embedding": model.embed(x)}
+        columns = {"embedding": common.embed(model, x)}
     else:
         features = model.forward_features(x)
         columns = {

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         images, tqdm(results, total=len(images), unit="image", disable=None)
     ):
         if isinstance(result, Exception):
-            unreadable[path] = common.reason(result)
+            unreadable[path] = dinoreg.reason(result)
         else:
             best = result.topk(min(5, len(result))).indices.tolist()
             hits.append((label == best[0], label in best))

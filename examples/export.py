@@ -21,7 +21,6 @@ needs a C++ compiler and torch 2.6, and to run it the same version of torch.
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import logging
@@ -52,13 +51,6 @@ def write(
     """Export a model of a fixed image size, for images (B, C, H, W). ONNX takes other batch sizes
     too; B must be above 1.
     """
-    is_backbone, labels = (
-        isinstance(model, dinoreg.DinoVisionTransformer),
-        getattr(model, "labels", None),
-    )
-    if is_backbone:
-        model = copy.copy(model)
-        model.forward = model.embed  # the same output, with less work
     shapes = ({0: torch.export.Dim("batch")},) if to == "onnx" else None
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     with dinoreg.atomic(path) as part:
@@ -71,12 +63,13 @@ def write(
             return
         # It warns that torchvision, which is not needed, is missing.
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        is_backbone = isinstance(model, dinoreg.DinoVisionTransformer)
         names = {
             "input_names": ["images"],
             "output_names": ["embeddings" if is_backbone else "logits"],
         }
         onnx = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
-        onnx.model.metadata_props["labels"] = json.dumps(labels)
+        onnx.model.metadata_props["labels"] = json.dumps(getattr(model, "labels", None))
         onnx.save(part)
         # Weights of more than 2 GB are in a second file.
         for extra in set(part.parent.iterdir()) - {part}:

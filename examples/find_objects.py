@@ -50,9 +50,9 @@ def last_attention(model: dinoreg.DinoVisionTransformer, x: Tensor) -> dict[str,
     for block in model.blocks[:-1]:
         tokens = block(tokens)
     last = model.blocks[-1]
-    parts = last.attn.split_heads(last.attn.qkv(last.norm1(tokens)))  # 3 x (1, A, N, D / A)
-    # (3, h * w, D)
-    parts = parts[:, 0, :, 1 + model.num_register_tokens :].transpose(1, 2).flatten(2)
+    parts = last.attn.split_heads(last.attn.qkv(last.norm1(tokens)))  # each (1, A, N, D / A)
+    special = 1 + model.num_register_tokens
+    parts = [x[0, :, special:].transpose(0, 1).flatten(1) for x in parts]  # each (h * w, D)
     return dict(zip(("queries", "keys", "values"), parts))
 
 
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             x = dinoreg.preprocess(image, None, True, model.patch_size, transform=model.transform)
             photo = dinoreg.to_rgb(dinoreg.open_image(image))
         except (OSError, ValueError) as error:
-            tqdm.write(f"find_objects: {image}: {common.reason(error)}", file=sys.stderr)
+            tqdm.write(f"find_objects: {image}: {dinoreg.reason(error)}", file=sys.stderr)
             failed += 1
             continue
         features = last_attention(model, x.to(args.device))[args.features].cpu()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
-import common
+import dinoreg
 
 IGNORED = 255  # the value of pixels without a class in all masks in memory
 GAP = 4  # pixels between the photos of a picture
@@ -66,7 +66,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except Exception as error:  # PIL's decoders raise many types for broken files
-        raise ValueError(f"{path}: {common.reason(error)}") from None
+        raise ValueError(f"{path}: {dinoreg.reason(error)}") from None
 
 
 def read_mask(path: Path, photo: Path, classes: Classes | None, ignore: int) -> np.ndarray:

@@ -164,7 +164,11 @@ PRESETS = {  # the architecture of a new model, and the recipe; the last two are
     "gpu": (dinoreg.CONFIGS["vits14_reg"], ONE_GPU),
     "laptop": (dinoreg.Config(embed_dim=192, depth=6, num_heads=3), LAPTOP),
 }
-CHOICES = dict(centering=("sinkhorn_knopp", "centering"), init=("official", "unit"))
+CHOICES = dict(
+    centering=("sinkhorn_knopp", "centering"),
+    ffn=("mlp", "swiglu"),
+    init=("official", "unit"),
+)
 ARCHITECTURE = ("embed_dim", "depth", "num_heads", "ffn", "patch_size", "num_register_tokens")
 
 
@@ -217,7 +221,7 @@ class Crops(torch.utils.data.Dataset):
                 image = dinoreg.to_rgb(dinoreg.open_image(self.paths[i]))
                 break
             except Exception as error:  # PIL's decoders raise many types for broken files
-                failed += f"{self.paths[i]}: {common.reason(error)}\n"
+                failed += f"{self.paths[i]}: {dinoreg.reason(error)}\n"
         torch.default_generator.manual_seed(hash((seed, 1, batch, place)))
         crops = [torch.stack([crop(image) for crop in stack]) for stack in self.crops]
         return (
@@ -269,7 +273,6 @@ class Network(nn.Module):
         patches of the first stack where masks (B, h * w) is True, of which the backbone sees the
         mask token if hide."""
         with torch.autocast(masks.device.type, torch.bfloat16, enabled=masks.is_cuda):
-            # All crops in one pass.
             features = self.backbone(
                 crops, [masks if hide else None, None][: len(crops)], is_training=True
             )
@@ -423,7 +426,7 @@ def train(
         print(
             (
                 f"k-NN on pixels {accuracy(nn.Flatten()):.4g}, "
-                f"before training {accuracy(ema.backbone.embed):.4g}"
+                f"before training {accuracy(ema.backbone):.4g}"
             ),
             flush=True,
         )
@@ -483,7 +486,7 @@ def train(
                 if device.type == "cuda"
                 else {}
             )
-            row |= dict(knn=accuracy(ema.backbone.embed)) if has_classes else {}
+            row |= dict(knn=accuracy(ema.backbone)) if has_classes else {}
             history, rows = [*history, row], []
         if rank == 0 and (log or stop):
             state = {name: part.state_dict() for name, part in saved.items()}
@@ -507,8 +510,9 @@ def train(
 
 def run(args: argparse.Namespace) -> int:
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+        least = int(name in ("embed_dim", "depth", "patch_size"))
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if args.model and name in ARCHITECTURE:
             raise ValueError(
                 f"--model has its own architecture: leave out --{name.replace('_', '-')}"

@@ -39,7 +39,7 @@ def embed(model: dinoreg.DinoVisionTransformer, paths: list[Path]) -> Iterator[T
     """
     device = model.pos_embed.device
     return common.apply(
-        lambda x: F.normalize(model.embed(x), dim=1).half(), paths, model.transform, device
+        lambda x: F.normalize(common.embed(model, x), dim=1).half(), paths, model.transform, device
     )
 
 

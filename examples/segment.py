@@ -108,10 +108,10 @@ def save(model: Segmenter, path: Path) -> None:
 
 def load(path: Path, device: str) -> Segmenter:
     """The model that `save` wrote, in eval mode. Raises a ValueError for any other file."""
-    tensors, metadata = dinoreg.read_tensors(path)
-    if "classes" not in metadata:
-        raise ValueError(f"{path}: not a segmenter; examples/train_segmenter.py writes one")
-    try:
+    with dinoreg.naming(path):
+        tensors, metadata = dinoreg.read_tensors(path)
+        if "classes" not in metadata:
+            raise ValueError("not a segmenter; examples/train_segmenter.py writes one")
         config, transform, _ = dinoreg.read_metadata(metadata)
         backbone = {
             key.removeprefix("backbone."): x
@@ -124,11 +124,9 @@ def load(path: Path, device: str) -> Segmenter:
         }
         layers = json.loads(metadata["layers"])
         if layers not in range(1, backbone.n_blocks + 1):
-            raise ValueError(f"{layers} layers of {backbone.n_blocks}")
+            raise ValueError(f"damaged: {layers} layers of {backbone.n_blocks}")
         model = Segmenter(backbone, classes, layers)
         model.load_state_dict(tensors)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: a damaged segmenter ({common.reason(error)})") from None
     return model.to(device).eval()
 
 
@@ -221,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
                 else None
             )
         except (OSError, ValueError) as error:
-            tqdm.write(f"segment: {image}: {common.reason(error)}", file=sys.stderr)
+            tqdm.write(f"segment: {image}: {dinoreg.reason(error)}", file=sys.stderr)
             failed += 1
             continue
         output, panels = (

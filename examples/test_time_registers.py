@@ -180,8 +180,7 @@ def see(model: dinoreg.DinoVisionTransformer, image: Tensor) -> tuple[Tensor, Te
     """Of an image (3, H, W), the norms of patches (h * w,) and of registers (R,); the features of
     CLS and patches.
     """
-    tokens = model.prepare_tokens_with_masks(image[None])
-    outputs = model.run_blocks(tokens, wanted=range(len(model.blocks)))
+    outputs = model._get_intermediate_layers_not_chunked(image[None], len(model.blocks))
     _, registers, patches = model.split_tokens(outputs[LAYER].norm(dim=-1))
     cls, _, features = model.split_tokens(model.norm(outputs[-1]))
     return patches[0], registers[0], torch.cat([cls, features[0]])

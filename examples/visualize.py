@@ -49,10 +49,11 @@ def see(
     tokens = model.prepare_tokens_with_masks(x[None].to(model.pos_embed.device))
     # The inputs of each block, and of the final norm.
     *inputs, tokens = tokens, *model.run_blocks(tokens, range(len(model.blocks)))
-    attention = [
-        dinoreg.attention_rows(model.blocks[i], inputs[i], special)[0, ..., special:]
-        for i in layers
-    ]
+    attention = []
+    for i in layers:
+        block = model.blocks[i]
+        rows = block.attn.attention_rows(block.norm1(inputs[i]), special)  # (1, A, 1 + R, N)
+        attention.append(rows[0, ..., special:])
     return {
         "features": model.norm(tokens)[0, special:].unflatten(0, grid).cpu(),
         "norms": tokens[0, special:].norm(dim=1).unflatten(0, grid).cpu(),

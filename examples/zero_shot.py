@@ -144,9 +144,7 @@ class DinoTxt(nn.Module):
     def get_visual_class_and_patch_tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) -> CLS (B, D) and patches (B, h * w, D), after the head."""
         model = self.visual_model["backbone"]["model"]
-        (tokens,) = model.run_blocks(
-            model.prepare_tokens_with_masks(image), wanted=[len(model.blocks) - 1]
-        )
+        (tokens,) = model._get_intermediate_layers_not_chunked(image)
         cls, _, patches = model.split_tokens(self.visual_model["head"](model.norm(tokens)))
         return cls, patches
 
@@ -175,7 +173,7 @@ def fetch(part: str) -> Path:
     unless it is there.
     """
     try:
-        return dinoreg.download(f"{dinoreg.HUB_URL}/dinov2_vitl14/{FILE.format(part)}")
+        return dinoreg.download([f"{dinoreg.HUB_URL}/dinov2_vitl14/{FILE.format(part)}"])[0]
     except OSError as error:
         files = (
             f"{FILE.format('vision_head')}, {FILE.format('text_encoder')}, "
@@ -188,14 +186,10 @@ def fetch(part: str) -> Path:
 
 def load(kind: type[nn.Module], path: Path) -> nn.Module:
     """A `VisionHead` or `TextEncoder` of the official size from a file, memory-mapped."""
-    with torch.device("meta"), dinoreg._SkipInit():
+    with dinoreg.NoMemory():
         module = kind()
-    try:
-        module.load_state_dict(dinoreg.read_tensors(path)[0], assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: not that of dino.txt: {' '.join(str(error).split()):.150}"
-        ) from None
+    with dinoreg.naming(path):
+        module.load_state_dict(dinoreg.read_tensors(path, mmap=True)[0], assign=True)
     return module.float().eval()
 
 
@@ -234,7 +228,8 @@ def encode_classes(prompts: list[list[str]], args: argparse.Namespace) -> Tensor
     key = json.dumps([str(path.resolve()), common.stamp(path), prompts])
     cache = common.cache_folder() / f"text-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if cache.exists() and not args.no_cache:
-        return dinoreg.read_tensors(cache)[0]["features"]
+        with dinoreg.naming(cache):
+            return dinoreg.read_tensors(cache)[0]["features"]
     tokens, encoder = (
         tokenize([prompt for texts in prompts for prompt in texts]),
         load(TextEncoder, path).to(args.device),
@@ -260,9 +255,8 @@ def compare(model: DinoTxt, images: list[Tensor], text: Tensor) -> Iterator[tupl
         cls, patches = model.get_visual_class_and_patch_tokens(x.to(text.device))
         whole = F.normalize(torch.cat([cls, patches.mean(dim=1)], dim=1), dim=1) @ text.T
         local = F.normalize(patches, dim=2) @ F.normalize(text[:, cls.shape[1] :], dim=1).T
-        yield from zip(
-            whole.cpu(), local.unflatten(1, model.visual_model.backbone.model.image_grid(x)).cpu()
-        )
+        grid = model.visual_model.backbone.model.to_grid(*x.shape[-2:])
+        yield from zip(whole.cpu(), local.unflatten(1, grid).cpu())
 
 
 def run(args: argparse.Namespace) -> int:

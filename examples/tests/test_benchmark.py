@@ -107,15 +107,6 @@ def test_benchmark_of_the_forward_pass(run, official):
         assert float(milliseconds) * float(ratio) > 0
 
 
-def test_benchmark_of_lists(run, small):
-    out, (header, _, *rows) = run("lists", "--models", "vits14_reg")
-    assert header == ["model", "images", "packed", "one by one", "padded"] and len(rows) == 3
-    assert all(row[2].endswith("(1.00)") and float(row[3].split()[0]) > 0 for row in rows)
-    assert (
-        "python examples/benchmark.py lists --models vits14_reg" in out and "one packed pass" in out
-    )
-
-
 @pytest.mark.slow
 def test_benchmark_of_engines(run, small, monkeypatch):
     monkeypatch.setattr(export, "INDUCTOR", {})  # compiles in less time

@@ -84,7 +84,7 @@ def test_the_planted_neurons_are_found_and_their_outliers_move_to_the_register()
     add_register(model, PLANTED)
     after = norms(model, IMAGES)
     assert (after < 2 * before.median()).all()
-    (tokens,) = model.run_blocks(model.prepare_tokens_with_masks(IMAGES), wanted=[2])
+    (tokens,) = model._get_intermediate_layers_not_chunked(IMAGES, [2])
     assert (tokens[:, 1].norm(dim=-1) > 3 * after.median()).all()
     with pytest.raises(
         ValueError,
@@ -154,7 +154,6 @@ def test_batches_lists_and_all_outputs_agree(R):
     for part, images in zip(model.forward_features([IMAGES, small]), [IMAGES, small]):
         whole = model.forward_features(images)
         assert torch.allclose(part["x_prenorm"], whole["x_prenorm"], atol=1e-5)
-    assert torch.allclose(model.embed(IMAGES), batch["x_norm_clstoken"], atol=1e-5)
     patches, _ = model.get_intermediate_layers(IMAGES, 1, reshape=True, return_class_token=True)[0]
     assert torch.allclose(patches.flatten(2).mT, batch["x_norm_patchtokens"], atol=1e-5)
     maps = model.attention_maps(IMAGES)
@@ -175,9 +174,7 @@ def test_the_register_can_be_trained_removed_and_is_not_saved(tmp_path):
         model.register_tokens.grad.abs().sum() > 0
         and model.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
     )
-    with pytest.raises(
-        ValueError, match=r"cannot be saved as it is: blocks\.1\.mlp is MlpWithRegister"
-    ):
+    with pytest.raises(ValueError, match=r"cannot save .* blocks\.1\.mlp.* MlpWithRegister"):
         dinoreg.save(model, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
     remove()
@@ -250,7 +247,7 @@ def test_the_script_prints_neurons_and_norms(tmp_path, capsys):
         before, features = norms(model, image[None]), model.forward_features(image[None])
         add_register(model, {1: [70]})
         after, new_features = norms(model, image[None]), model.forward_features(image[None])
-        (tokens,) = model.run_blocks(model.prepare_tokens_with_masks(image[None]), wanted=[2])
+        (tokens,) = model._get_intermediate_layers_not_chunked(image[None], [2])
     assert record["image"] == str(photo)
     assert record["median_norm"] == pytest.approx([before.median().item(), after.median().item()])
     assert record["largest_norm"] == pytest.approx([before.max().item(), after.max().item()])
