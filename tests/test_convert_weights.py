@@ -1,0 +1,647 @@
+"""Tests of convert_weights.py: round trips through every dialect, checkpoints as people have them,
+and what is refused. `test_parity.py` compares converted models with their originals."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import convert_weights
+import dinoreg
+from dinoreg import CONFIGS, DinoVisionTransformer, LinearClassifier, Transform
+from test_dinoreg import (
+    HERE,
+    SMALL,
+    TINY,
+    assert_same,
+    randomise,
+    randomised,
+    scaled_error,
+    tiny_classifier,
+)
+
+
+def converted(source, **options):
+    model, _ = convert_weights.read(str(source), **options)
+    return model
+
+
+def convert(source, output, *options) -> int:
+    """The program in this process."""
+    return convert_weights.main([str(source), "-o", str(output), *map(str, options)])
+
+
+def prefixed(prefix: str, state: dict) -> dict:
+    return {prefix + key: x.clone() for key, x in state.items()}
+
+
+def zeros(state: dict) -> dict:
+    return {key: torch.zeros_like(x) for key, x in state.items()}
+
+
+def classifier_of_one_layer() -> LinearClassifier:
+    model = randomise(LinearClassifier(randomised(TINY), 3))
+    model.backbone.transform = Transform().at_size(12)
+    model.labels = ["cat", "dog", "ü"]
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Round trips
+
+
+@pytest.fixture(params=["vits14_reg", "vits14"])
+def config(request):
+    return replace(CONFIGS[request.param], depth=2, image_size=70)
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize(
+    "dialect, name",
+    [("dinoreg", "a.safetensors"), ("official", "a.pth"), ("official", "a.safetensors"),
+     ("hf", "a")],
+)  # fmt: skip
+def test_round_trip_of_every_dialect(config, ffn, dialect, name, tmp_path):
+    model = randomised(replace(config, ffn=ffn))
+    convert_weights.write(model, tmp_path / name, dialect)
+    back = converted(tmp_path / name)
+    assert_same(back, model)
+    assert back.config == model.config
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_round_trip_through_timm(config, ffn, name, tmp_path):
+    """It has no mask token, and with registers the position of the CLS token is in the token."""
+    model, images = randomised(replace(config, ffn=ffn)), torch.randn(1, 3, 28, 42)
+    convert_weights.write(model, tmp_path / name, "timm")
+    back = converted(tmp_path / name)
+    assert back.config == model.config
+    assert scaled_error(back(images), model(images)) < 1e-6
+    assert_same(back.blocks, model.blocks)
+
+
+def test_round_trip_of_a_hugging_face_classifier(tmp_path):
+    model = classifier_of_one_layer()
+    convert_weights.write(model, tmp_path / "hf", "hf")
+    back = converted(tmp_path / "hf")
+    assert_same(back, model)
+    assert back.labels == model.labels
+    assert back.config == model.config
+    assert back.transform == model.transform
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Transform(),
+        Transform(518, (518, 518), "bicubic", (0.53,) * 3, (0.26,) * 3),
+        Transform((224, 224), None, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        Transform((256, 192), (224, 168), "lanczos"),
+        Transform(224, None, "nearest", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_round_trip_of_transforms_through_hugging_face(transform, tmp_path):
+    model = randomised(TINY)
+    model.transform = transform
+    convert_weights.write(model, tmp_path / "hf", "hf")
+    dinoreg.save(converted(tmp_path / "hf"), tmp_path / "model.safetensors")
+    assert dinoreg.load(tmp_path / "model.safetensors").transform == transform
+
+
+def test_other_channels_through_hugging_face(tmp_path):
+    model = randomised(replace(TINY, in_chans=5))
+    convert_weights.write(model, tmp_path / "hf", "hf")
+    assert_same(converted(tmp_path / "hf"), model)
+
+
+def test_a_rectangular_grid_in_a_file_of_dinoreg(tmp_path):
+    model = randomised(replace(TINY, image_size=(20, 40)))
+    convert_weights.write(model, tmp_path / "model.safetensors")
+    assert converted(tmp_path / "model.safetensors").config.image_size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "make, dialect, message",
+    [
+        (lambda: randomised(replace(TINY, mlp_ratio=3.5)), "hf", "mlp_ratio is 3.5"),
+        (lambda: randomised(replace(TINY, image_size=(20, 40))), "hf", "5 x 10 patches"),
+        (lambda: randomised(replace(TINY, image_size=(20, 40))), "timm", "5 x 10 patches"),
+        (lambda: randomised(replace(TINY, image_size=(20, 40))), "official", "5 x 10 patches"),
+        (tiny_classifier, "hf", "one layer"),
+        (tiny_classifier, "timm", "the CLS token only"),
+    ],
+)
+def test_models_that_a_dialect_cannot_express(make, dialect, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert_weights.write(make(), tmp_path / "out.pth", dialect)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dialect", ["dinoreg", "official", "hf", "timm"])
+def test_edited_models_are_refused(dialect, tmp_path):
+    model = randomised(TINY)
+    model.blocks[0].mlp.act = nn.ReLU()
+    with pytest.raises(ValueError, match="cannot save this model as it is: "):
+        convert_weights.write(model, tmp_path / "out.pth", dialect)
+    assert os.listdir(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Files and folders of Hugging Face
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_hugging_face_shards(suffix, tmp_path):
+    model = randomised(TINY)
+    tensors = convert_weights.from_official(model, "hf5")
+    keys = sorted(tensors)
+    for i in range(2):
+        shard = {key: tensors[key].contiguous() for key in keys[i::2]}
+        if suffix == "bin":
+            torch.save(shard, tmp_path / f"pytorch_model-0000{i}-of-00002.bin")
+        else:
+            dinoreg.save_file(shard, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    assert_same(converted(tmp_path), model)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder of Hugging Face with files of other models."""
+    convert_weights.write(randomised(TINY), folder := tmp_path / "many", "hf")
+    for name in ("backbone_compatible", "dino_head"):
+        dinoreg.save_file({"x": torch.zeros(2)}, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_a_folder_of_several_files(folder):
+    assert_same(converted(folder), randomised(TINY))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("model-00001-of-00002.safetensors", "only 1 of the 2 files"),
+        ("other.safetensors", "several files of weights, name one: backbone_compatible"),
+    ],
+)
+def test_folders_that_are_refused(folder, name, message):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(FileNotFoundError, match=message):
+        converted(folder)
+
+
+def test_a_repository_of_the_hugging_face_hub(tmp_path, monkeypatch):
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    convert_weights.write(randomised(TINY), folder := tmp_path / "downloaded", "hf")
+
+    def download(repo, allow_patterns):
+        asked.append(repo)
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert_same(converted("someone/model"), randomised(TINY))
+    assert asked == ["someone/model"]
+
+
+def test_an_old_repository_of_the_hugging_face_hub(tmp_path, monkeypatch):
+    hub, patterns = pytest.importorskip("huggingface_hub"), []
+    state = convert_weights.from_official(randomised(TINY), "hf")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+
+    def download(repo, allow_patterns):
+        patterns.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert_same(converted("someone/old"), randomised(TINY))
+    assert "pytorch_model*.bin" in patterns
+
+
+def test_a_repository_without_huggingface_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        converted("someone/model")
+
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        (CONFIG, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        (CONFIG, {"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05"),
+        (CONFIG, {"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_"),
+        (CONFIG, {"problem_type": "regression"}, "problem_type is 'regression'"),
+        (CONFIG, {"id2label": {"0": "score"}}, "a head of one class"),
+        (PROCESSOR, {"do_rescale": False}, "do_rescale = false is not supported"),
+        (PROCESSOR, {"rescale_factor": 1 / 127.5}, "rescale_factor = 0.0078"),
+        (PROCESSOR, {"do_resize": False}, "do_resize = false is not supported"),
+        (PROCESSOR, {"do_pad": True}, "do_pad = true is not supported"),
+        (PROCESSOR, {"size": {"longest_edge": 224}}, 'size = {"longest_edge": 224} is not'),
+        (PROCESSOR, {"resample": 4}, "resample = 4 is not supported"),
+        (PROCESSOR, {"image_processor_type": "SamImageProcessor"}, "SamImageProcessor is not"),
+        (PROCESSOR, {"crop_size": 600}, "cannot transform images with"),
+        (PROCESSOR, {"size": 7.5}, "float"),
+        (PROCESSOR, {"image_mean": [0.5]}, "cannot transform images with"),
+    ],
+    ids=str,
+)
+def test_settings_of_hugging_face_that_are_refused(file, change, message, tmp_path):
+    convert_weights.write(classifier_of_one_layer(), folder := tmp_path / "hf", "hf")
+    described = json.loads((folder / file).read_text()) | change
+    (folder / file).write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        converted(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "described, expected",
+    [
+        ({"feature_extractor_type": "BitFeatureExtractor", "size": 256, "crop_size": 224,
+          "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+         Transform(256, (224, 224), "bicubic", (0.5,) * 3, (0.5,) * 3)),
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "do_normalize": True},
+         Transform((224, 224), None, "bilinear", (0.5,) * 3, (0.5,) * 3)),
+        ({"image_processor_type": "ViTImageProcessorFast", "size": {"height": 98, "width": 56},
+          "do_normalize": False},
+         Transform((98, 56), None, "bilinear", (0.0,) * 3, (1.0,) * 3)),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224},
+          "crop_size": 224},
+         Transform(224, (224, 224), "bicubic",
+                   convert_weights.CLIP_MEAN, convert_weights.CLIP_STD)),
+    ],
+    ids=["Bit", "ViT", "ViT without normalization", "CLIP"],
+)  # fmt: skip
+def test_preprocessor_configs_of_other_classes(described, expected):
+    assert convert_weights.transform_from_hf(described) == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# timm's config.json
+
+
+@pytest.mark.parametrize(
+    "described, message",
+    [
+        ({"crop_mode": "border"}, "crop_mode"),
+        ({"input_size": [3, 98, 140], "crop_mode": "center"}, "crop_mode"),
+        ({"interpolation": "hamming"}, "resampling"),
+    ],
+)
+def test_transforms_of_timm_that_are_refused(described, message):
+    with pytest.raises(ValueError, match=message):
+        convert_weights.transform_from_timm(described)
+
+
+@pytest.fixture
+def timm_folder(tmp_path) -> Path:
+    """A model of a width whose heads only the name of the architecture tells."""
+    model = randomised(replace(TINY, embed_dim=192, num_heads=3))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+def test_number_of_heads_from_the_architecture(timm_folder):
+    (timm_folder / "config.json").write_text('{"architecture": "vit_tiny_patch14"}')
+    assert converted(timm_folder).config.num_heads == 3
+
+
+def test_number_of_heads_without_an_architecture(timm_folder):
+    with pytest.raises(ValueError, match=r"heads.* from width 192: give num_heads"):
+        converted(timm_folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"global_pool": "avg"}, {"act_layer": "relu"}, {"qk_norm": True}]
+)
+def test_models_of_timm_that_are_refused(timm_folder, change):
+    described = {"architecture": "vit_tiny_patch14", "model_args": change}
+    (timm_folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=rf"config.json: {next(iter(change))} is"):
+        converted(timm_folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints as people have them
+
+FC = {"fc.weight": torch.zeros(3, 384), "fc.bias": torch.zeros(3)}
+CHECKPOINTS = {
+    "module": lambda state: prefixed("module.", state),
+    "compiled": lambda state: prefixed("_orig_mod.", state),
+    "module of a compiled one": lambda state: prefixed("module._orig_mod.", state),
+    "checkpoint wrappers": lambda state: {
+        key.replace("attn.", "attn._checkpoint_wrapped_module."): x for key, x in state.items()
+    },
+    "Lightning": lambda state: {
+        "state_dict": prefixed("model.", state), "epoch": 1, "hyper_parameters": {"lr": 0.1},
+    },
+    "Lightning with a head": lambda state: {"state_dict": prefixed("model.backbone.", state) | FC},
+    "encoder with a head": lambda state: prefixed("encoder.", state) | FC,
+    "Depth Anything": lambda state: (
+        prefixed("pretrained.", state) | {"depth_head.x": torch.zeros(3)}
+    ),
+    "VGGT": lambda state: (
+        prefixed("aggregator.patch_embed.", state)
+        | {"aggregator.frame_blocks.0.x": torch.zeros(3)}
+    ),
+    "student and teacher": lambda state: {
+        "model": prefixed("student.", zeros(state)) | prefixed("teacher.", state)
+    },
+    "model and its average": lambda state: {
+        "model": zeros(state), "model_ema": state,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}},
+    },
+    "model_state_dict": lambda state: {
+        "model_state_dict": state, "optimizer_state_dict": {}, "epoch": 3,
+    },
+    "nested": lambda state: {
+        "teacher": {"net": prefixed("backbone.", state), "dino_head": {"weight": torch.zeros(2)}}
+    },
+    "no mask token": lambda state: {key: x for key, x in state.items() if key != "mask_token"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_backbones_in_other_checkpoints(wrap, tmp_path, capsys):
+    model = randomised(SMALL)
+    model.mask_token.data.zero_()
+    torch.save(wrap(model.state_dict()), tmp_path / "model.pth")
+    assert_same(converted(tmp_path / "model.pth"), model)
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("convert_weights: ")
+
+
+def test_a_checkpoint_of_the_official_training(tmp_path, capsys):
+    model, chunks = randomised(replace(SMALL, depth=3)), {0: 0, 1: 1, 2: 1}
+    # blocks.1 and blocks.2 lie in the second chunk, under their own numbers.
+    state = {
+        re.sub(r"^blocks\.(\d)", lambda m: f"blocks.{chunks[int(m[1])]}.{m[1]}", key): x
+        for key, x in model.state_dict().items()
+    }
+    heads = {"dino_head.mlp.0.weight": torch.zeros(2, 2), "ibot_head.x": torch.zeros(2, 2)}
+    teacher = {"teacher": prefixed("backbone.", state) | heads, "iteration": 10}
+    torch.save(teacher, tmp_path / "teacher_checkpoint.pth")
+    assert_same(converted(tmp_path / "teacher_checkpoint.pth"), model)
+    assert "left out, beside the backbone: dino_head, ibot_head" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_backbones(tmp_path) -> Path:
+    state = randomised(SMALL).state_dict()
+    path = tmp_path / "two.pth"
+    torch.save(prefixed("left.", zeros(state)) | prefixed("right.", state), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "two.pth: several backbones, choose one with --prefix: 'left.', 'right.'"),
+        (["--prefix", "middle."], "no backbone has the prefix 'middle.'; there are 'left.', "),
+    ],
+)
+def test_several_backbones(two_backbones, options, message, tmp_path, capsys):
+    assert convert(two_backbones, tmp_path / "out.safetensors", *options) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["two.pth"]
+
+
+def test_the_prefix_of_one_of_several_backbones(two_backbones, tmp_path, capsys):
+    assert convert(two_backbones, tmp_path / "out.safetensors", "--prefix", "right.") == 0
+    assert_same(dinoreg.load(tmp_path / "out.safetensors"), randomised(SMALL))
+    assert "left out, beside the backbone: left" in capsys.readouterr().err
+
+
+def test_averaged_weights_are_reported(tmp_path, capsys):
+    state = randomised(SMALL).state_dict()
+    both = prefixed("student.", zeros(state)) | prefixed("teacher.", state)
+    torch.save(both, tmp_path / "two.pth")
+    assert_same(converted(tmp_path / "two.pth"), randomised(SMALL))
+    assert "took the averaged weights 'teacher.', not 'student.'" in capsys.readouterr().err
+
+
+def save_with_a_head(path: Path, prefix: str, name: str, width: int) -> nn.Linear:
+    head = randomise(nn.Linear(width, 3))
+    state = prefixed(prefix, randomised(SMALL).state_dict())
+    torch.save(state | prefixed(name, head.state_dict()), path)
+    return head
+
+
+@pytest.mark.parametrize(
+    "prefix, name, width",
+    [
+        ("backbone.", "linear_head.", 768),
+        ("state.backbone.", "state.linear_head.", 768),
+        ("", "linear_head.", 768),
+        ("backbone.", "backbone.head.", 384),
+        ("", "head.", 384),
+    ],
+)
+def test_a_head_beside_a_backbone(prefix, name, width, tmp_path, capsys):
+    head = save_with_a_head(tmp_path / "model.pth", prefix, name, width)
+    model, images = converted(tmp_path / "model.pth"), torch.randn(2, 3, 8, 12)
+    inputs = LinearClassifier(randomised(SMALL), 3).linear_input(images)[:, :width]
+    assert scaled_error(model(images), head(inputs)) < 1e-5
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "prefix, name, width",
+    [("backbone.", "head.", 384), ("", "fc.", 384), ("backbone.", "linear_head.", 385)],
+)
+def test_other_heads_are_left_out(prefix, name, width, tmp_path, capsys):
+    save_with_a_head(tmp_path / "model.pth", prefix, name, width)
+    assert_same(converted(tmp_path / "model.pth"), randomised(SMALL))
+    assert f"left out, beside the backbone: {name[:-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [(".gamma", 1), ("qkv.bias", 0)])
+def test_models_without_layerscale_or_biases(name, value, tmp_path):
+    model = randomised(SMALL)
+    state = {key: x for key, x in model.state_dict().items() if not key.endswith(name)}
+    torch.save(state, tmp_path / "model.pth")
+    for key, x in model.state_dict().items():
+        if key.endswith(name):
+            x.fill_(value)
+    assert_same(converted(tmp_path / "model.pth"), model)
+
+
+@pytest.mark.parametrize(
+    "D, hidden, ffn",
+    [(384, 1023, "mlp"), (1000, 4095, "mlp"), (1280, 3417, "mlp"), (1280, 3416, "swiglu"),
+     (1536, 4096, "swiglu")],
+)  # fmt: skip
+def test_hidden_widths_that_rounding_would_change(D, hidden, ffn):
+    state = DinoVisionTransformer(replace(TINY, embed_dim=D, depth=1)).state_dict()
+    state = {key: x for key, x in state.items() if ".mlp." not in key}
+    first, second = ("fc1", "fc2") if ffn == "mlp" else ("w12", "w3")
+    state |= {f"blocks.0.mlp.{first}.weight": torch.empty(hidden * (1 + (ffn == "swiglu")), D)}
+    state |= {f"blocks.0.mlp.{second}.weight": torch.empty(D, hidden)}
+    found = dinoreg.infer_config(state, TINY)
+    assert (found.hidden_dim, found.ffn) == (hidden, ffn)
+    assert dinoreg.infer_config(state, found) == found
+
+
+# --------------------------------------------------------------------------------------------------
+# The program, and its errors
+
+
+@pytest.fixture
+def official_files(tmp_path) -> dict[str, Path]:
+    """A backbone, a head and labels; the model is `classifier`."""
+    model = randomise(LinearClassifier(randomised(replace(TINY, depth=4)), 3, layers=4))
+    paths = {name: tmp_path / name for name in ("backbone.pth", "head.pth", "labels.txt", "out")}
+    torch.save(model.backbone.state_dict(), paths["backbone.pth"])
+    torch.save(model.linear_head.state_dict(), paths["head.pth"])
+    paths["labels.txt"].write_text("cat\ndog\nü\n", encoding="utf-8")
+    return paths
+
+
+def test_an_official_backbone_with_head_and_labels(official_files):
+    backbone, head, labels, out = official_files.values()
+    command = [sys.executable, "convert_weights.py", backbone, "--head", head, "--labels", labels]
+    command += ["--num-heads", "4", "-o", out]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert result.stderr == ""
+    assert result.returncode == 0
+    model = dinoreg.load(out)
+    assert_same(model, randomise(LinearClassifier(randomised(replace(TINY, depth=4)), 3, layers=4)))
+    assert model.labels == ["cat", "dog", "ü"]
+    count = sum(p.numel() for p in model.parameters())
+    assert f"official -> dinoreg, {count:,} parameters" in result.stdout
+    assert "Config(embed_dim=32, depth=4, num_heads=4" in result.stdout
+
+
+def test_a_head_of_imagenet_has_its_classes(official_files):
+    backbone, head, _, _ = official_files.values()
+    torch.save(randomise(nn.Linear(5 * 32, 1000)).state_dict(), head)
+    assert converted(backbone, head=head, num_heads=4).labels == dinoreg.IMAGENET_CLASSES
+
+
+def test_unnamed_classes_are_not_those_of_imagenet(tmp_path):
+    model = randomise(LinearClassifier(randomised(SMALL), 1000))
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    assert converted(tmp_path / "model.pth").labels is None
+
+
+@pytest.mark.parametrize("file", ["backbone.pth", "head.pth"])
+def test_the_error_names_the_damaged_file(official_files, file, capsys):
+    backbone, head, _, out = official_files.values()
+    official_files[file].write_bytes(b"damaged")
+    assert convert(backbone, out, "--head", head, "--num-heads", 4) == 2
+    assert str(official_files[file]) in capsys.readouterr().err
+
+
+HF_STATE = convert_weights.from_official(randomised(SMALL), "hf")
+OFFICIAL_STATE = randomised(SMALL).state_dict()
+KEY = "encoder.layer.1.attention.attention.key.bias"
+
+
+def without(state: dict, key: str) -> dict:
+    return {name: x for name, x in state.items() if name != key}
+
+
+# Contents of a file model.pth, and the error.
+REFUSED = {
+    "missing part": (without(HF_STATE, KEY), f"{KEY} is missing"),
+    "missing": (without(HF_STATE, "embeddings.position_embeddings"), "pos_embed.* is missing"),
+    "missing gamma": (
+        without(OFFICIAL_STATE, "blocks.1.ls1.gamma"),
+        "blocks.1.ls1.gamma is missing; expected",
+    ),
+    "unknown": (
+        HF_STATE | {"encoder.layer.0.extra": torch.zeros(3)},
+        "encoder.layer.0.extra: a DINOv2 in the hf dialect has no tensor of this name",
+    ),
+    "shape": (
+        HF_STATE | {"layernorm.bias": torch.zeros(7)},
+        r"norm.bias is \(7,\); expected \(384,\)",
+    ),
+    "other model": ({"conv1.weight": torch.zeros(3)}, "no DINOv2: .* first tensor is conv1.weight"),
+    "list": ([1, 2], ""),
+    **{
+        name: (OFFICIAL_STATE | {name: torch.zeros(3)}, f"{name}: a DINOv2 has no such layer")
+        for name in ("storage_tokens", "rope_embed.periods", "norm_pre.weight", "fc_norm.bias")
+    },
+    "Namespace": ({"model": OFFICIAL_STATE, "args": argparse.Namespace(lr=0.1)}, "Namespace"),
+    "NumPy": ({"model": OFFICIAL_STATE, "best": np.float64(0.5)}, "numpy"),
+    "Path": ({"model": OFFICIAL_STATE, "args": Path("x")}, "pathlib"),
+}
+
+
+@pytest.mark.parametrize("content, message", REFUSED.values(), ids=REFUSED)
+def test_checkpoints_that_are_refused(content, message, tmp_path, capsys):
+    torch.save(content, tmp_path / "model.pth")
+    assert convert(tmp_path / "model.pth", tmp_path / "out.safetensors") == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"model\.pth: .*{message}", error)
+    assert "two options" not in error  # PyTorch advises to let the code in the file run
+    assert error.strip().isprintable()
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("", r"neither \*.safetensors nor pytorch_model\*.bin in this folder"), ("nowhere.pth", "")],
+)
+def test_folders_and_files_without_weights(name, message, tmp_path, capsys):
+    assert convert(tmp_path / name, tmp_path / "out.safetensors") == 2
+    error = capsys.readouterr().err
+    assert re.search(f"{tmp_path / name}.*{message}", error)
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("the payload ran",)
+
+
+@pytest.mark.parametrize(
+    "content", [{"weight": Payload()}, {"teacher": {"backbone.cls_token": Payload()}}]
+)
+@pytest.mark.parametrize("name", ["file.pth", "folder/pytorch_model.bin"])
+def test_no_code_in_a_pickle_runs(content, name, tmp_path, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    torch.save(content, path)
+    assert convert(path.parent if "/" in name else path, tmp_path / "out.safetensors") == 2
+    output, error = capsys.readouterr()
+    assert "payload" not in output
+    assert "two options" not in error  # PyTorch advises to let the code run
+    assert error.strip().isprintable()
+
+
+def test_a_file_may_be_converted_over_itself(tmp_path):
+    torch.save(OFFICIAL_STATE, tmp_path / "model.pth")
+    assert convert(tmp_path / "model.pth", tmp_path / "model.pth") == 0
+    assert_same(dinoreg.load(tmp_path / "model.pth"), randomised(SMALL))
+
+
+def test_a_folder_is_written_as_a_whole(tmp_path):
+    """A folder of the user that is called as a temporary one was stays."""
+    (tmp_path / "hf.part").mkdir()
+    (tmp_path / "hf.part" / "notes.txt").touch()
+    convert_weights.write(randomised(TINY), tmp_path / "hf", "hf")
+    assert sorted(os.listdir(tmp_path)) == ["hf", "hf.part"]
+    assert os.listdir(tmp_path / "hf.part") == ["notes.txt"]
+    shutil.rmtree(tmp_path / "hf.part")
