@@ -540,7 +540,7 @@ def naming(subject) -> Iterator[None]:
         problem = name + reason(error)
         if "weights_only" in str(error):  # PyTorch advises to let the code in the file run
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            problem = f"holds {found[1]}: re-save the tensors alone" if found else "no checkpoint"
+            problem = f"holds {found[1]}: re-save its tensors" if found else "not a checkpoint"
         kind = OSError if "(os error " in problem else ValueError  # SafetensorError is for both
         raise kind(f"{subject}: {problem}") from None
 

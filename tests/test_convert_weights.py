@@ -178,7 +178,7 @@ def test_hugging_face_shards(suffix, tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def many_files(tmp_path) -> Path:
     """A folder of Hugging Face with files of other models."""
     convert_weights.write(randomised(TINY), folder := tmp_path / "many", "hf")
     for name in ("backbone_compatible", "dino_head"):
@@ -186,8 +186,8 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def test_a_folder_of_several_files(folder):
-    assert_same(converted(folder), randomised(TINY))
+def test_a_folder_of_several_files(many_files):
+    assert_same(converted(many_files), randomised(TINY))
 
 
 @pytest.mark.parametrize(
@@ -197,10 +197,10 @@ def test_a_folder_of_several_files(folder):
         ("other.safetensors", "several files of weights, name one: backbone_compatible"),
     ],
 )
-def test_folders_that_are_refused(folder, name, message):
-    (folder / "model.safetensors").rename(folder / name)
+def test_folders_that_are_refused(many_files, name, message):
+    (many_files / "model.safetensors").rename(many_files / name)
     with pytest.raises(FileNotFoundError, match=message):
-        converted(folder)
+        converted(many_files)
 
 
 def test_a_repository_of_the_hugging_face_hub(tmp_path, monkeypatch):
@@ -549,8 +549,6 @@ def test_the_error_names_the_damaged_file(official_files, file, capsys):
     assert str(official_files[file]) in capsys.readouterr().err
 
 
-HF_STATE = convert_weights.from_official(randomised(SMALL), "hf")
-OFFICIAL_STATE = randomised(SMALL).state_dict()
 KEY = "encoder.layer.1.attention.attention.key.bias"
 
 
@@ -558,43 +556,68 @@ def without(state: dict, key: str) -> dict:
     return {name: x for name, x in state.items() if name != key}
 
 
-# Contents of a file model.pth, and the error.
-REFUSED = {
-    "missing part": (without(HF_STATE, KEY), f"{KEY} is missing"),
-    "missing": (without(HF_STATE, "embeddings.position_embeddings"), "pos_embed.* is missing"),
-    "missing gamma": (
-        without(OFFICIAL_STATE, "blocks.1.ls1.gamma"),
-        "blocks.1.ls1.gamma is missing; expected",
+# What is made of a state dict, of its dialect, and the error.
+REFUSED_HF = {
+    "missing part": (lambda state: without(state, KEY), f"{KEY} is missing"),
+    "missing": (
+        lambda state: without(state, "embeddings.position_embeddings"),
+        "pos_embed.* is missing",
     ),
     "unknown": (
-        HF_STATE | {"encoder.layer.0.extra": torch.zeros(3)},
+        lambda state: state | {"encoder.layer.0.extra": torch.zeros(3)},
         "encoder.layer.0.extra: a DINOv2 in the hf dialect has no tensor of this name",
     ),
     "shape": (
-        HF_STATE | {"layernorm.bias": torch.zeros(7)},
+        lambda state: state | {"layernorm.bias": torch.zeros(7)},
         r"norm.bias is \(7,\); expected \(384,\)",
     ),
-    "other model": ({"conv1.weight": torch.zeros(3)}, "no DINOv2: .* first tensor is conv1.weight"),
-    "list": ([1, 2], ""),
+}
+OTHER_LAYERS = ["storage_tokens", "rope_embed.periods", "norm_pre.weight", "fc_norm.bias"]
+REFUSED_OFFICIAL = {
+    "missing gamma": (
+        lambda state: without(state, "blocks.1.ls1.gamma"),
+        "blocks.1.ls1.gamma is missing; expected",
+    ),
     **{
-        name: (OFFICIAL_STATE | {name: torch.zeros(3)}, f"{name}: a DINOv2 has no such layer")
-        for name in ("storage_tokens", "rope_embed.periods", "norm_pre.weight", "fc_norm.bias")
+        name: (
+            lambda state, name=name: state | {name: torch.zeros(3)},
+            f"{name}: a DINOv2 has no such layer",
+        )
+        for name in OTHER_LAYERS
     },
-    "Namespace": ({"model": OFFICIAL_STATE, "args": argparse.Namespace(lr=0.1)}, "Namespace"),
-    "NumPy": ({"model": OFFICIAL_STATE, "best": np.float64(0.5)}, "numpy"),
-    "Path": ({"model": OFFICIAL_STATE, "args": Path("x")}, "pathlib"),
+    "Namespace": (
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)},
+        "argparse.Namespace",
+    ),
+    "NumPy": (lambda state: {"model": state, "best": np.float64(0.5)}, "numpy"),
+    "Path": (lambda state: {"model": state, "args": Path("x")}, "pathlib"),
+    "other model": (
+        lambda state: {"conv1.weight": torch.zeros(3)},
+        "no DINOv2: .* first tensor is conv1.weight",
+    ),
+    "list": (lambda state: [1, 2], ""),
 }
 
 
-@pytest.mark.parametrize("content, message", REFUSED.values(), ids=REFUSED)
-def test_checkpoints_that_are_refused(content, message, tmp_path, capsys):
-    torch.save(content, tmp_path / "model.pth")
-    assert convert(tmp_path / "model.pth", tmp_path / "out.safetensors") == 2
+def assert_refused(content, message: str, folder: Path, capsys) -> None:
+    torch.save(content, folder / "model.pth")
+    assert convert(folder / "model.pth", folder / "out.safetensors") == 2
     error = capsys.readouterr().err
     assert re.search(rf"model\.pth: .*{message}", error)
     assert "two options" not in error  # PyTorch advises to let the code in the file run
     assert error.strip().isprintable()
-    assert os.listdir(tmp_path) == ["model.pth"]
+    assert os.listdir(folder) == ["model.pth"]
+
+
+@pytest.mark.parametrize("change, message", REFUSED_HF.values(), ids=REFUSED_HF)
+def test_files_of_hugging_face_that_are_refused(change, message, tmp_path, capsys):
+    state = convert_weights.from_official(randomised(SMALL), "hf")
+    assert_refused(change(state), message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("change, message", REFUSED_OFFICIAL.values(), ids=REFUSED_OFFICIAL)
+def test_checkpoints_that_are_refused(change, message, tmp_path, capsys):
+    assert_refused(change(randomised(SMALL).state_dict()), message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -632,7 +655,7 @@ def test_no_code_in_a_pickle_runs(content, name, tmp_path, capsys):
 
 
 def test_a_file_may_be_converted_over_itself(tmp_path):
-    torch.save(OFFICIAL_STATE, tmp_path / "model.pth")
+    torch.save(randomised(SMALL).state_dict(), tmp_path / "model.pth")
     assert convert(tmp_path / "model.pth", tmp_path / "model.pth") == 0
     assert_same(dinoreg.load(tmp_path / "model.pth"), randomised(SMALL))
 

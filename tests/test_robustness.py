@@ -4,6 +4,7 @@ file cannot hold, full disks, killed and concurrent processes, closed streams; f
 `DINOREG_FUZZ=100000 python -m pytest -k fuzz` mutates as many files.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -181,6 +182,19 @@ def test_a_png_file_with_a_hole():
     data[len(data) // 2 : len(data) // 2 + 200] = b"\xff" * 200
     with pytest.raises((OSError, ValueError)):
         preprocess(bytes(data), 28)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["", "loaded"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_files_are_turned_once(bits, loaded):
+    """Pillow turns them when it loads them."""
+    white = 2**bits - 1
+    data = np.ascontiguousarray(levels(white).T.astype(f"<u{bits // 8}")).tobytes()
+    image = Image.open(io.BytesIO(tiff(data, bits, (274, 6))))
+    if loaded:
+        image.load()
+    upright = pixels(Image.open(io.BytesIO(tiff(data, bits))).transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(pixels(image), upright)
 
 
 def planar_tiff(*planes: np.ndarray) -> bytes:
@@ -435,6 +449,18 @@ def test_control_characters_of_files_and_labels(options, tmp_path):
     assert result.returncode == 1
 
 
+def test_labels_that_standard_output_cannot_encode(folder, tmp_path):
+    dinoreg.save(tiny_classifier(["ü", "é", "猫"]), tmp_path / "model.safetensors")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(stdout):
+        assert (
+            dinoreg.main([str(folder / "b.png"), "--model", str(tmp_path / "model.safetensors")])
+            == 0
+        )
+    lines = stdout.buffer.getvalue().decode().splitlines()
+    assert {line.split()[-1] for line in lines} == {"\\xfc", "\\xe9", "\\u732b"}
+
+
 def test_control_characters_of_tensors(folder, tmp_path):
     dinoreg.save(tiny_classifier(), path := tmp_path / "model.safetensors")
     result = run(folder / "b.png", "--model", rewrite(path, {ESCAPE: torch.zeros(1)}))
@@ -527,6 +553,19 @@ def test_stored_configs_that_are_refused(field, value, tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors: ") as error:
         dinoreg.load(rewrite(path, config={**TINY.to_dict(), field: value}))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"resize": 0}, {"resize": "256"}, {"resize": (256,)}, {"resize": 2.5}, {"resize": 10**9},
+     {"crop": 224}, {"crop": (224, 300)}, {"crop": (0, 224)}, {"resampling": "box"},
+     {"resampling": None}, {"mean": 0.5}, {"mean": (0.5, 0.5)}, {"mean": ("a", "b", "c")},
+     {"mean": (1e308, 0.0, 0.0)}, {"std": (1.0, 1.0, 0.0)}, {"std": (1.0, 1.0, math.nan)}],
+    ids=str,
+)  # fmt: skip
+def test_transforms_that_are_refused(fields):
+    with pytest.raises(ValueError, match="cannot transform images with"):
+        Transform(**fields)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ import embed_corpus
 
 HERE = Path(__file__).parents[1]
 CONFIG = dinoreg.Config(embed_dim=32, depth=2, num_heads=2, patch_size=8, image_size=64)
-UNREADABLE = "cannot decode the image: cannot identify image file"
+UNREADABLE = "cannot identify image file"
 
 
 def save_model(path, seed=0):

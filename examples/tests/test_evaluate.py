@@ -79,7 +79,7 @@ def test_an_unreadable_image_is_reported_and_not_counted(run, digits):
     (digits / "two" / "text.png").write_text("no image")
     result = run(digits)
     assert result.returncode == 1 and "of 11 images" in result.stdout
-    assert f"evaluate: {digits / 'two' / 'text.png'}: cannot decode the image: " in result.stderr
+    assert f"evaluate: {digits / 'two' / 'text.png'}: cannot identify image file" in result.stderr
 
 
 def empty(folder):

@@ -154,6 +154,6 @@ def test_quantize_reports_unreadable_images(weights, tmp_path, capsys):
     assert quantize.main([str(tmp_path / "bad.png"), "--model", str(weights)]) == 1
     err = capsys.readouterr().err
     assert (
-        err.startswith(f"quantize: {tmp_path / 'bad.png'}: cannot decode the image: ")
+        err.startswith(f"quantize: {tmp_path / 'bad.png'}: cannot identify image file")
         and err.count("\n") == 1
     )

@@ -347,14 +347,14 @@ def test_search_reports_an_unreadable_file_once(many, model, call):
         call(search.main, many, "--model", model, "--query", many / "0" / "0.png") for _ in range(2)
     )
     assert (first.returncode, second.returncode) == (1, 0) and first.stdout == second.stdout
-    assert "bad.jpg: cannot decode" in first.stderr and "gone.png: no such image" in first.stderr
+    assert "bad.jpg: cannot identify" in first.stderr and "gone.png: no such image" in first.stderr
     assert "Traceback" not in first.stderr and "32 images: 32 computed" in first.stderr
     assert "32 images: 0 computed" in second.stderr and len(second.stderr.splitlines()) == 1
     (many / "bad.jpg").write_text("still no image")
     third = call(search.main, many, "--model", model)
     assert (
         third.returncode == 1
-        and "bad.jpg: cannot decode" in third.stderr
+        and "bad.jpg: cannot identify" in third.stderr
         and "gone.png" not in third.stderr
     )
 
@@ -380,7 +380,7 @@ def test_errors_of_search_are_one_line(many, model, call, cache, tmp_path):
         ([tmp_path / "empty"], "no images"),
         ([many, "--model", tmp_path / "nothing.pth"], "no such file"),
         ([many, "--model", tmp_path / "bad.jpg"], "not a checkpoint"),
-        ([many, "--query", tmp_path / "bad.jpg"], "cannot decode the image"),
+        ([many, "--query", tmp_path / "bad.jpg"], "cannot identify"),
         ([many, "--query", tmp_path / "nothing.jpg"], "no such image file"),
         ([many, "--query", image, "--output", tmp_path / "nowhere" / "x.png"], "no such folder"),
     ]:
@@ -582,7 +582,7 @@ def test_training_leaves_out_bad_images(train, folder, model):
     for computed in (31, 0):  # reported also when the features come from the cache
         result = train(folder, model)
         assert result.returncode == 1 and f"31 images: {computed} computed" in result.stderr
-        assert "bad.jpg: cannot decode" in result.stderr and "Traceback" not in result.stderr
+        assert "bad.jpg: cannot identify" in result.stderr and "Traceback" not in result.stderr
         assert ": 100.0% of 6 test images" in result.stdout
 
 

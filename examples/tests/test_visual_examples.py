@@ -352,7 +352,7 @@ def test_explore_continues_after_a_bad_image(tmp_path, call):
         HERE / "digits.safetensors",
     )
     status, _, (error,) = call(explore, two, tmp_path / "broken.png", "--model", model, "-o", page)
-    assert status == 1 and "broken.png: cannot decode" in error and page.exists()
+    assert status == 1 and "broken.png: cannot identify" in error and page.exists()
     page.unlink()
     status, _, (error,) = call(explore, tmp_path / "broken.png", "--model", model, "-o", page)
     assert status == 1 and not page.exists()

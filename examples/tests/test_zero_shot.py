@@ -281,7 +281,7 @@ def test_scores_of_photos(hub, call, photos, tmp_path):
     assert status == 1 and [record["image"] for record in records] == [
         *map(str, [*photos[:2], broken, photos[2]])
     ]
-    assert "cannot decode" in records.pop(2)["error"]
+    assert "cannot identify" in records.pop(2)["error"]
     for photo, record in zip(photos, records):
         expected = probabilities(photo, class_vectors(), size=28)
         found = {
@@ -295,7 +295,7 @@ def test_scores_of_photos(hub, call, photos, tmp_path):
     status, lines, err = call(broken, photos[0], "--classes", *CLASSES, "--size", 28, "--top", 2)
     assert (
         status == 1
-        and err.startswith(f"zero_shot: {broken}: cannot decode")
+        and err.startswith(f"zero_shot: {broken}: cannot identify")
         and err.count("\n") == 1
     )
     first, second = records[0]["predictions"][:2]
