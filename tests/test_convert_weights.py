@@ -120,6 +120,28 @@ def test_round_trip_of_transforms_through_hugging_face(transform, tmp_path):
     assert dinoreg.load(tmp_path / "model.safetensors").transform == transform
 
 
+def test_the_config_that_is_written_for_hugging_face(tmp_path):
+    model = randomised(replace(TINY, mlp_ratio=2.0, drop_path_rate=0.1, layerscale_init=0.5))
+    convert_weights.write(model, tmp_path / "hf", "hf")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    expected = {
+        "architectures": ["Dinov2WithRegistersModel"],
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "use_swiglu_ffn": False,
+        "image_size": 20,
+        "patch_size": 4,
+        "num_channels": 3,
+        "num_register_tokens": 4,
+        "drop_path_rate": 0.1,
+        "layerscale_value": 0.5,
+    }
+    assert written | expected == written
+
+
 def test_other_channels_through_hugging_face(tmp_path):
     model = randomised(replace(TINY, in_chans=5))
     convert_weights.write(model, tmp_path / "hf", "hf")
@@ -141,6 +163,7 @@ def test_a_rectangular_grid_in_a_file_of_dinoreg(tmp_path):
         (lambda: randomised(replace(TINY, image_size=(20, 40))), "official", "5 x 10 patches"),
         (tiny_classifier, "hf", "one layer"),
         (tiny_classifier, "timm", "the CLS token only"),
+        (classifier_of_one_layer, "timm", "the CLS token only"),
     ],
 )
 def test_models_that_a_dialect_cannot_express(make, dialect, message, tmp_path):
@@ -282,12 +305,14 @@ def test_settings_of_hugging_face_that_are_refused(file, change, message, tmp_pa
         ({"image_processor_type": "ViTImageProcessorFast", "size": {"height": 98, "width": 56},
           "do_normalize": False},
          Transform((98, 56), None, "bilinear", (0.0,) * 3, (1.0,) * 3)),
+        ({"image_processor_type": "ViTImageProcessor", "size": 224, "do_center_crop": True},
+         Transform((224, 224), None, "bilinear", (0.5,) * 3, (0.5,) * 3)),
         ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224},
           "crop_size": 224},
          Transform(224, (224, 224), "bicubic",
                    convert_weights.CLIP_MEAN, convert_weights.CLIP_STD)),
     ],
-    ids=["Bit", "ViT", "ViT without normalization", "CLIP"],
+    ids=["Bit", "ViT", "ViT without normalization", "ViT that crops nothing", "CLIP"],
 )  # fmt: skip
 def test_preprocessor_configs_of_other_classes(described, expected):
     assert convert_weights.transform_from_hf(described) == expected

@@ -36,7 +36,7 @@ from torch import nn
 
 import convert_weights
 import dinoreg
-from dinoreg import DinoVisionTransformer, LinearClassifier, preprocess
+from dinoreg import DinoVisionTransformer, LinearClassifier, Transform, preprocess
 from test_dinoreg import (
     DIGIT_IMAGES,
     DIGITS,
