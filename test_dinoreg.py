@@ -1158,7 +1158,9 @@ WRAPPERS = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "parallel": nn.DataParallel,
     "averaged": torch.optim.swa_utils.AveragedModel,
-    "compiled average": lambda model: torch.compile(torch.optim.swa_utils.AveragedModel(model)),
+    "compiled average": lambda model: torch.compile(
+        torch.optim.swa_utils.AveragedModel(model), backend="eager"
+    ),
     "a compiled block": compile_block,
 }
 

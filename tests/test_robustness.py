@@ -9,9 +9,11 @@ import copy
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -24,6 +26,8 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from random import Random
 
@@ -60,11 +64,31 @@ from test_dinoreg import (
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
-def program(*arguments, **options) -> subprocess.CompletedProcess:
-    """Another Python process, in the folder of dinoreg.py."""
-    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.run(command, text=True, cwd=HERE, timeout=120, **streams | options)
+# Processes of a server that has imported this module, for pytest is not to be forked.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+
+def start(function, *arguments) -> tuple[multiprocessing.Process, Connection]:
+    """A process that calls a function, and what receives the result."""
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=call, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+def call(sender: Connection, function, arguments) -> None:
+    sender.send(function(*arguments))
+
+
+def in_a_process(function, *arguments):
+    """The result of a function in another process. Raises EOFError if it dies."""
+    process, receiver = start(function, *arguments)
+    assert receiver.poll(120)
+    result = receiver.recv()
+    process.join(60)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -643,32 +667,31 @@ def test_compressed_checkpoints_are_refused(tmp_path):
         dinoreg.load(tmp_path / "model.pth")
 
 
-LOAD_IN_LITTLE_MEMORY = """
-import os, resource, sys, dinoreg
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)
-for path in sys.argv[1:]:
-    try:
-        dinoreg.load(path)
-    except ValueError as error:
-        print(error)
-"""
+def load_in_little_memory(paths: list[Path]) -> list[str]:
+    """The error of each file."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+    errors = []
+    for path in paths:
+        try:
+            dinoreg.load(path)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
 
 
 @linux_only
 def test_names_and_shapes_are_compared_before_memory_is_allocated(tmp_path):
-    state, paths = randomised(SMALL).state_dict(), []
-    for name, changes in {
+    changes = {
         "blocks": {f"blocks.{i}.norm1.weight": torch.zeros(1) for i in range(1000)},
         "pos_embed": {"pos_embed": torch.zeros(1).expand(1, 2**36 + 1, 384)},
         "register_tokens": {"register_tokens": torch.zeros(0, 2**40, 0)},
         "fc2": {"blocks.0.mlp.fc2.weight": torch.zeros(0, 2**40)},
-    }.items():
-        paths.append(tmp_path / name)
-        torch.save(state | changes, paths[-1])
-    result = program("-c", LOAD_IN_LITTLE_MEMORY, *paths)
-    assert result.stderr == ""
-    blocks, pos_embed, register_tokens, fc2 = result.stdout.splitlines()
+    }
+    for name, tensors in changes.items():
+        torch.save(randomised(SMALL).state_dict() | tensors, tmp_path / name)
+    errors = in_a_process(load_in_little_memory, [tmp_path / name for name in changes])
+    blocks, pos_embed, register_tokens, fc2 = errors
     assert re.search(r"blocks: blocks\.0\.norm1\.weight is \(1,\); expected \(384,\)", blocks)
     assert re.search(r"pos_embed: pos_embed is \(1, 68719476737, 384\)", pos_embed)
     assert re.search(
@@ -815,84 +838,69 @@ def test_threads_share_a_model():
 # --------------------------------------------------------------------------------------------------
 # Files that are overwritten, killed and concurrent processes, full disks
 
-OVERWRITE = """
-import shutil, sys, torch, dinoreg
-other, *paths = sys.argv[1:]
-images = torch.ones(1, 3, 16, 16)
-for path in paths:
-    model = dinoreg.load(path)
-    expected = model(images)
-    if path.endswith("saved"):
-        torch.save(model.state_dict(), path)
-    else:
-        shutil.copyfile(other, path)
-    print(torch.equal(model(images), expected))
-"""
+
+def overwrite(other: Path, paths: list[Path]) -> list[bool]:
+    """Whether the output of a model is the same after its file was overwritten."""
+    images, same = torch.ones(1, 3, 16, 16), []
+    for path in paths:
+        model = dinoreg.load(path)
+        expected = model(images)
+        if path.name.endswith("saved"):
+            torch.save(model.state_dict(), path)
+        else:
+            shutil.copyfile(other, path)
+        same.append(torch.equal(model(images), expected))
+    return same
 
 
 def test_the_file_of_a_loaded_model_can_be_overwritten(tmp_path):
+    """A model that is mapped would end the process."""
     model, other = randomised(SMALL), randomise(DinoVisionTransformer(SMALL), seed=1)
-    paths = {
-        "other": other,
-        "saved": model,
-        "copied": other,
-        "zip saved": model,
-        "zip copied": other,
-    }
-    for name in paths:
-        if name == "other" or name.startswith("zip"):
-            torch.save((other if name == "other" else model).state_dict(), tmp_path / name)
-        else:
-            dinoreg.save(model, tmp_path / name)
-    result = program("-c", OVERWRITE, *(tmp_path / name for name in paths))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "True\n" * 4
-    for name, expected in paths.items():
-        assert_same(dinoreg.load(tmp_path / name), expected)
+    contents = {"saved": model, "copied": other, "zip saved": model, "zip copied": other}
+    paths = [tmp_path / name for name in contents]
+    for path in paths[:2]:
+        dinoreg.save(model, path)
+    for path in paths[2:]:
+        torch.save(model.state_dict(), path)
+    torch.save(other.state_dict(), tmp_path / "other")
+    assert in_a_process(overwrite, tmp_path / "other", paths) == [True] * 4
+    for path in paths:
+        assert_same(dinoreg.load(path), contents[path.name])
 
 
-SAVE_OFTEN = """
-import sys, dinoreg
-model = dinoreg.load(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(50):
-    dinoreg.save(model, sys.argv[2])
-print("saved")
-"""
+def save_often(source: Path, path: Path, together: Barrier) -> str:
+    model = dinoreg.load(source)
+    together.wait(60)
+    for _ in range(50):
+        dinoreg.save(model, path)
+    return "saved"
 
 
 def test_several_processes_save_to_one_path(tmp_path):
     dinoreg.save(randomised(TINY), source := tmp_path / "source")
-    path = tmp_path / "folder" / "model.safetensors"
+    path, together = tmp_path / "folder" / "model.safetensors", PROCESSES.Barrier(3)
     path.parent.mkdir()
     dinoreg.save(randomised(TINY), path)
-    command = [sys.executable, "-c", SAVE_OFTEN, source, path]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE)
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    while any(process.poll() is None for process in processes):
+    started = [start(save_often, source, path, together) for _ in range(2)]
+    together.wait(60)
+    while any(process.is_alive() for process, _ in started):
         assert_same(dinoreg.load(path), randomised(TINY))
-    assert [process.communicate()[0] for process in processes] == ["saved\n"] * 2
+    assert [receiver.recv() for _, receiver in started] == ["saved"] * 2
     assert os.listdir(path.parent) == ["model.safetensors"]
 
 
-KILLED = """
-import os, signal, sys, dinoreg
-with dinoreg.atomic(sys.argv[1]) as part:
-    part.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
+def be_killed(path: Path) -> None:
+    with dinoreg.atomic(path) as part:
+        part.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_killed_saves_leave_the_old_file(tmp_path):
     dinoreg.save(randomised(TINY), path := tmp_path / "model.safetensors")
-    assert program("-c", KILLED, path).returncode == -signal.SIGKILL
+    process, _ = start(be_killed, path)
+    process.join(60)
     leftover, name = sorted(os.listdir(tmp_path))
+    assert process.exitcode == -signal.SIGKILL
     assert leftover.startswith(".dinoreg-")
     assert_same(dinoreg.load(path), randomised(TINY))
     os.utime(tmp_path / leftover, (time.time() - 90000,) * 2)
@@ -939,51 +947,52 @@ def test_save_to_what_is_no_file(path, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "folder") == ["file"]
 
 
-FULL_DISK = """
-import os, resource, signal, sys, convert_weights, dinoreg
-model, folder = dinoreg.load(sys.argv[1]), sys.argv[2]
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-for dialect in ("dinoreg", "timm", "official", "hf"):
-    name = {"official": "official.pth", "hf": "hf"}.get(dialect, f"{dialect}.safetensors")
-    try:
-        convert_weights.write(model, f"{folder}/{name}", dialect)
-    except Exception as error:
-        print(dialect, isinstance(error, OSError), len(str(error).splitlines()))
-"""
+def write_to_a_full_disk(source: Path, folder: Path) -> dict[str, Exception]:
+    """The errors of all dialects, where a file can have 20 kB."""
+    model, errors = dinoreg.load(source), {}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    for name, dialect in DIALECTS.items():
+        try:
+            convert_weights.write(model, folder / name, dialect)
+        except Exception as error:
+            errors[name] = error
+    return errors
+
+
+DIALECTS = {"a.safetensors": "dinoreg", "b.safetensors": "timm", "c.pth": "official", "d": "hf"}
 
 
 @linux_only
 def test_a_full_disk(tmp_path):
     dinoreg.save(randomised(TINY), source := tmp_path / "source")
-    names = ["dinoreg.safetensors", "official.pth", "timm.safetensors"]
     (tmp_path / "folder").mkdir()
-    for name in names:
-        (tmp_path / "folder" / name).write_text("old")
-    result = program("-c", FULL_DISK, source, tmp_path / "folder")
-    assert result.stderr == ""
-    assert sorted(os.listdir(tmp_path / "folder")) == names
-    for name in names:
-        assert (tmp_path / "folder" / name).read_text() == "old"
-    errors = ["dinoreg True 1", "timm True 1", "official True 1", "hf True 1"]
-    assert result.stdout.splitlines() == errors
+    files = [tmp_path / "folder" / name for name in DIALECTS if "." in name]
+    for file in files:
+        file.write_text("old")
+    errors = in_a_process(write_to_a_full_disk, source, tmp_path / "folder")
+    assert sorted((tmp_path / "folder").iterdir()) == files
+    assert [file.read_text() for file in files] == ["old"] * 3
+    assert errors.keys() == DIALECTS.keys()
+    for name, error in errors.items():
+        assert isinstance(error, OSError), name
+        assert "\n" not in str(error), name
 
 
-DOWNLOAD = """
-import sys, dinoreg
-dinoreg.HUB_URL = sys.argv[1]
-dinoreg.CONFIGS["vits14_reg"] = dinoreg.Config(**eval(sys.argv[2]))
-print(dinoreg.load("vits14_reg").cls_token.sum().item())
-"""
+def download(url: str, home: str) -> float:
+    os.environ["TORCH_HOME"] = home
+    dinoreg.HUB_URL = url
+    dinoreg.CONFIGS["vits14_reg"] = HUB_CONFIG
+    return dinoreg.load("vits14_reg").cls_token.sum().item()
 
 
 def test_two_processes_download_at_once(hub):
-    hub.delay = 0.1
-    command = [sys.executable, "-c", DOWNLOAD, hub.url, str(HUB_CONFIG.to_dict())]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    expected = f"{randomised(HUB_CONFIG).cls_token.sum().item()}\n"
-    assert [process.communicate()[0] for process in processes] == [expected] * 2
+    hub.delay = 0.2
+    started = [start(download, hub.url, os.environ["TORCH_HOME"]) for _ in range(2)]
+    expected = randomised(HUB_CONFIG).cls_token.sum().item()
+    assert [receiver.recv() for _, receiver in started] == [expected] * 2
+    for process, _ in started:
+        process.join(60)
     assert os.listdir(hub.cache) == ["dinov2_vits14_reg4_pretrain.pth"]
 
 
