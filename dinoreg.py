@@ -530,7 +530,7 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 @contextlib.contextmanager
 def naming(subject) -> Iterator[None]:
-    """Any error but OSError that a file causes inside becomes a ValueError about subject."""
+    """Turn any exception but OSError into a ValueError of one line that begins with subject."""
     try:
         yield
     except OSError:
@@ -539,8 +539,9 @@ def naming(subject) -> Iterator[None]:
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         problem = name + reason(error)
         if "weights_only" in str(error):  # PyTorch advises to let the code in the file run
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            problem = f"holds {found[1]}: re-save its tensors" if found else "not a checkpoint"
+            problem = "not a checkpoint"
+            if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                problem = f"contains a Python object ({found[1]}): re-save only the tensors"
         kind = OSError if "(os error " in problem else ValueError  # SafetensorError is for both
         raise kind(f"{subject}: {problem}") from None
 
@@ -568,7 +569,7 @@ class Transform:
             mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device="cpu")
             finite = mean.shape == (3,) and (mean / std).isfinite().all() and std.isfinite().all()
             if not (fits and finite and std.min() > 0 and self.resampling in RESAMPLINGS):
-                raise ValueError(f"sides up to 16384, finite numbers, one of {RESAMPLINGS}")
+                raise ValueError("sides must be 1 to 16384, crop within resize, std positive")
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -591,7 +592,7 @@ def preprocess(
     With keep_aspect nothing is cropped: H and W are multiples of patch_size, close to the image's
     aspect ratio and the transform's area. With fast, large JPEG files are decoded at reduced size,
     slightly less exactly. Without normalized, the pixels stay uint8, for `normalize`. Raises
-    OSError or ValueError for a broken image, TypeError for what is none."""
+    OSError or ValueError for a broken image, TypeError for anything else."""
     if not isinstance(image, (str, os.PathLike, io.IOBase, Image.Image, *BYTES)):
         raise TypeError(f"not an image file: {type(image)}; Image.fromarray makes images of arrays")
     transform = transform or Transform()
@@ -728,7 +729,7 @@ def load(name_or_path, layers: int = 4, device="cpu", dtype=torch.float32, mmap:
 
 def download(urls: list[str]) -> list[Path]:
     """The files in torch.hub's cache, each downloaded unless it is there: whole, or not at all.
-    Their checksums are compared then, and not when a file is loaded from the cache."""
+    Checksums are verified after a download, not when a file is loaded from the cache."""
     folder = Path(torch.hub.get_dir(), "checkpoints")
     paths = [folder / url.rpartition("/")[2] for url in urls]
     for url, path in [x for x in zip(urls, paths) if not x[1].exists()]:
@@ -759,7 +760,7 @@ def read_tensors(path: str | os.PathLike, mmap: bool = False) -> tuple[dict, dic
             return owned, file.metadata() or {}
     is_zip = zipfile.is_zipfile(path)
     if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-        raise ValueError("compressed")  # may unpack to any size; torch.save never compresses
+        raise ValueError("compressed, which torch.save never does: it could unpack to any size")
     mmap = mmap and is_zip and Path(path).suffix != ".safetensors"
     with open(path, "rb") as file:  # of a path, torch.load considers that suffix
         source = path if mmap else file
@@ -810,8 +811,8 @@ def from_state_dict(tensors, config: Config | None = None, labels=None, transfor
 
 
 class NoMemory(torch.overrides.TorchFunctionMode):
-    """New modules get parameters without memory and values. So they do on `torch.device("meta")`,
-    which imports 1.4 s of Python for the random numbers."""
+    """Create modules whose parameters have no memory yet. `torch.device("meta")` does so, too, but
+    its random initialization takes 1.4 s of imports."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
@@ -851,7 +852,7 @@ def infer_config(tensors, config: Config | None = None, num_heads=None) -> Confi
 def save(model: nn.Module, path: str | os.PathLike, labels: Sequence[str] | None = None) -> None:
     """Write a model to a .safetensors file that `load` reads: tensors, config, transform, labels
     (a classifier's class names; default: its own). Wrappers (torch.compile, DataParallel,
-    AveragedModel) are taken off. Raises a ValueError, and writes nothing, if the file would not be
+    AveragedModel) are removed. Raises a ValueError, and writes nothing, if the file would not be
     the same model: for LoRA, pruning, other layers or strides. Hooks are not saved."""
     saved = rebuild(model, labels)
     metadata = write_metadata(saved.config, saved.transform, getattr(saved, "labels", None))
@@ -908,7 +909,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def find_images(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """Paths, with each folder replaced by the image files below it, sorted, but hidden ones."""
+    """Paths with each folder replaced by the images below it, sorted; hidden files are left out."""
     files: list[Path] = []
     for path in map(Path, paths):
         found, seen = [], set()
