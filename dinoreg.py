@@ -977,10 +977,10 @@ def print_record(record: dict, width: int) -> None:
         name = ""
 
 
-def complain(text: str) -> None:
+def complain(text: str, program: str = "dinoreg") -> None:
     """Print one line to standard error, which may be closed or full."""
     with contextlib.suppress(OSError):
-        print(f"dinoreg: {printable(text)}", file=sys.stderr, flush=True)
+        print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -1040,9 +1040,34 @@ def best_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if stated else torch.float32
 
 
+def guard(program: str, function, *args) -> int:
+    """Exit status of a program: what function(*args) returns, 130 if it was interrupted, else 2 and
+    one line about the error, or its traceback if DINOREG_TRACEBACK is set."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (if it is closed)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    try:
+        status = function(*args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # closed, as in `dinoreg ... | head`, or full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 1
+        if os.environ.get("DINOREG_TRACEBACK"):
+            raise
+        known = isinstance(error, OSError | ValueError)  # of a file, the network or an option
+        hint = "" if known else " (DINOREG_TRACEBACK=1 shows where)"
+        complain((str(error).partition("\n")[0] or repr(error)) + hint, program)
+        return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """Classify images. Returns 0; 1 if some of them failed; 2 if the run could not start."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (if it is closed)
     parser = argparse.ArgumentParser("dinoreg", description="Classify images with DINOv2.")
     parser.epilog = "example: python -m dinoreg photo.jpg holidays/ --model vitb14_reg_lc --top 3"
     add = parser.add_argument
@@ -1061,16 +1086,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.top, args.batch_size, 1 if args.size is None else args.size) < 1:
         parser.error("--top, --size and --batch-size must be at least 1")
-    try:
-        return run(args)
-    except BrokenPipeError:  # as in `dinoreg ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # a file, the network, a device
-        complain(str(error).partition("\n")[0] or repr(error))
-        return 2
+    return guard("dinoreg", run, args)
 
 
 # The classes of ImageNet-1k, in the order of the logits -------------------------------------------
