@@ -18,10 +18,7 @@ def main(
     argv: list[str] | None = None,
 ) -> int:
     """Exit status of a script: that of `run`, which is 1 if some inputs failed; 2, and one line on
-    standard error, if it could not run; 130 if it was interrupted.
-
-    The first line of the script's docstring describes it.
-    """
+    standard error, if it could not run; 130 if it was interrupted."""
     module = sys.modules[run.__module__]
     script = Path(module.__file__)
     description = (module.__doc__ or "").partition("\n")[0]  # python -OO removes docstrings
@@ -56,6 +53,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def output(text: str) -> Path:
+    """The type of options that name a file or folder to write."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them"
@@ -70,7 +74,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser, default: str | None, kind: str = "FILE") -> None:
     text = "default: %(default)s" if default else "default: none"
     path = Path(default) if default else None
-    parser.add_argument("-o", "--output", type=Path, default=path, metavar=kind, help=text)
+    parser.add_argument("-o", "--output", type=output, default=path, metavar=kind, help=text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -99,9 +103,7 @@ def add_stride(parser: argparse.ArgumentParser) -> None:
 
 
 def load_backbone(source: str, device: str = "cpu", **options) -> dinoreg.DinoVisionTransformer:
-    """The backbone of an official model or of a file, also of a classifier; for the options see
-    `set_input`.
-    """
+    """The backbone of an official model or of a file; for the options see `set_input`."""
     model = dinoreg.load(source, device=device)
     backbone = model.backbone if isinstance(model, dinoreg.LinearClassifier) else model
     set_input(backbone, **options)
@@ -136,9 +138,7 @@ def set_input(
 
 
 def name_pictures(images: Iterable[Path], folder: Path, kind: str) -> list[Path]:
-    """A file NAME_kind.png in folder for each image, with a number if others have the same name;
-    long names are cut.
-    """
+    """A file NAME_kind.png in folder for each image, numbered if names repeat; long ones cut."""
     pictures, numbers, taken = [], dict[str, int](), set[str]()
     for image in images:
         name = stem = os.fsencode(image.stem)[:200].decode(errors="ignore")

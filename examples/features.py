@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,7 +166,7 @@ class Cache:
             stamps = dict(self.database.execute("SELECT path, stamp FROM images"))
         missing = [path for path in paths if stamps.get(key(path)) != stamp(path)]
         unreadable = {}
-        bar = tqdm(missing, unit="image", disable=not missing or None)
+        bar = tqdm(missing, unit="image", disable=None)
         for path, x in zip(bar, function(missing)):
             if isinstance(x, str):
                 unreadable[path] = x
@@ -176,8 +175,7 @@ class Cache:
             with self.naming_errors():
                 self.database.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?)", row)
         kept = f"{len(paths) - len(missing)} from the cache ({self.folder or 'no cache'})"
-        counts = f"features of {len(paths)} images: {len(missing)} computed, {kept}"
-        print(counts, file=sys.stderr)
+        dinoreg.complain(f"{len(paths)} images: {len(missing)} computed, {kept}", "features")
         return unreadable
 
 

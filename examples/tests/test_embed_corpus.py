@@ -115,7 +115,7 @@ def check(rows, paths, model):
             assert (rows[str(path)]["width"], rows[str(path)]["height"]) == image.size
 
 
-def write_table(path, **columns):
+def write_table(path, /, **columns):
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), path)
 
@@ -181,10 +181,10 @@ def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(
 
 # The process kills itself while it writes its second file.
 KILLED = """
-import os, signal, sys, embed_corpus, pyarrow.parquet as pq
-def write(table, path, filesystem, write_table=pq.write_table):
-    write_table(table, path, filesystem=filesystem)
-    if len(os.listdir(os.path.dirname(path))) == 2:
+import glob, os, signal, sys, embed_corpus, pyarrow.parquet as pq
+def write(table, path, write_table=pq.write_table):
+    write_table(table, path)
+    if glob.glob("output/*.parquet"):
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 pq.write_table, embed_corpus.ROWS = write, 32
@@ -200,10 +200,8 @@ def test_a_killed_run_loses_and_repeats_no_rows(call, tmp_path, model, output):
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE), "RAY_ADDRESS": ""}
     )
     assert result.returncode == -signal.SIGKILL
-    unfinished, complete = sorted(
-        output.iterdir(), key=lambda path: path.read_bytes()[-4:] == b"PAR1"
-    )
-    assert unfinished.read_bytes()[-4:] != b"PAR1" and pq.read_metadata(complete).num_rows == 32
+    (complete,) = output.glob("*.parquet")  # the other one never had its name
+    assert pq.read_metadata(complete).num_rows == 32
     time_of_complete = complete.stat().st_mtime_ns
 
     assert call("images", output, model) == (
@@ -211,7 +209,7 @@ def test_a_killed_run_loses_and_repeats_no_rows(call, tmp_path, model, output):
         f"{output}: 100 images, 1 of which could not be read\n",
         [],
     )
-    assert not unfinished.exists() and complete.stat().st_mtime_ns == time_of_complete
+    assert complete.stat().st_mtime_ns == time_of_complete
     check(read(output), paths, model)
 
 
@@ -280,25 +278,32 @@ def test_uris_in_parquet_and_another_size(call, tmp_path, model, output):
     assert schema.field("embedding").type == pa.list_(pa.float16(), 32)
     assert all(schema.field(name).type == pa.int32() for name in ("width", "height"))
     settings = json.loads(schema.metadata[b"dinoreg"])
-    assert len(settings.pop("weights")) == 64
-    assert settings == {
-        "model": "model.safetensors",
-        "size": 48,
-        "dtype": "float32",
-        "tokens": "cls",
-    }
+    assert len(settings.pop("fingerprint")) == 64
+    assert settings == {"size": [48, 48], "dtype": "float32", "tokens": "cls"}
+    assert schema.metadata[b"model"] == b"model.safetensors"
     with torch.inference_mode():
         expected = dinoreg.load(model)(dinoreg.preprocess(paths[3], 48)[None])[0]
     found = torch.tensor(rows[str(paths[3])]["embedding"])
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
     other = save_model(tmp_path / "other.safetensors", 1)
-    for options in ([other, "--size", 48], [model], [model, "--size", 48, "--dtype", "bfloat16"]):
+    renamed = dinoreg.load(model)
+    renamed.transform = dinoreg.Transform(mean=(0.5, 0.5, 0.5)).at_size(64)
+    (tmp_path / "transform").mkdir()
+    dinoreg.save(renamed, tmp_path / "transform" / model.name)
+    for options in (
+        [other, "--size", 48],
+        [model],
+        [model, "--size", 48, "--dtype", "bfloat16"],
+        [tmp_path / "transform" / model.name, "--size", 48],
+    ):
         status, stdout, stderr = call("uris.parquet", output, *options)
-        assert (
-            (status, stdout) == (2, "") and len(stderr) == 1 and "another --model" in stderr[0]
-        ), stderr
+        assert (status, stdout) == (2, ""), stderr
+        assert len(stderr) == 1 and "made with other weights, another transform" in stderr[0]
     assert read(output).keys() == rows.keys()
+    # The name of the file does not matter.
+    model.rename(tmp_path / "renamed.safetensors")
+    assert call("uris.parquet", output, tmp_path / "renamed.safetensors", "--size", 48)[0] == 1
 
 
 def test_sources(tmp_path):
@@ -310,7 +315,7 @@ def test_sources(tmp_path):
         (f"{tmp_path}/images/0/*.png", [paths[0], paths[7]]),
         (paths[2], [paths[2]]),
     ]:
-        rows, files = embed_corpus.read_inputs(str(source))
+        rows, files = embed_corpus.read_inputs(str(source), str(tmp_path / "output"))
         assert sorted(rows["path"].to_pylist()) == sorted(map(str, expected)) and files == []
 
 
@@ -320,6 +325,8 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
     write_table(tmp_path / "names.parquet", name=["a.jpg"])
     write_table(tmp_path / "none.parquet", uri=pa.array([], pa.string()))
     write_table(tmp_path / "twice.parquet", uri=["/a.jpg", "/b.jpg", "/a.jpg"])
+    write_table(tmp_path / "numbers.parquet", uri=[1, 2])
+    write_table(tmp_path / "paths.parquet", uri=["/a.jpg"], bytes=["/b.jpg"])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr(
         embed_corpus, "run_on_ray", lambda *_: pytest.fail("the cluster is not needed to see this")
@@ -327,13 +334,18 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
     for source, options, message in [
         ("nowhere", [], "no such folder"),
         ("empty", [], "no images"),
-        ("names.parquet", [], "without a column `uri`"),
-        ("none.parquet", [], "without a row"),
-        ("twice.parquet", [], "a uri occurs more than once"),
+        ("names.parquet", [], "need a column `uri`"),
+        ("none.parquet", [], "need rows"),
+        ("twice.parquet", [], "a `uri` of its own"),
+        ("numbers.parquet", [], "need a column `uri` of strings"),
+        ("paths.parquet", [], "`bytes`, if any, must be binary"),
+        ("empty", ["--output", ""], "must name a folder"),
+        (output, [], "must be another folder than the source"),
+        ("empty/../output/", [], "must be another folder than the source"),
         ("broken.parquet", [], "Parquet"),
         ("nosuch://bucket/images", [], "nosuch"),
         (".", ["--model", tmp_path / "nothing.pth"], "no such file"),
-        (".", ["--size", "15"], "--size must be a multiple of 8"),
+        (".", ["--size", "15"], "multiple"),
         (".", ["--size", "0"], "--size: must be at least 1"),
         (".", ["--threads", "0"], "--threads: must be at least 1"),
     ]:
@@ -350,8 +362,6 @@ def test_bad_input_ends_in_one_error_message(call, tmp_path, model, output, monk
 
 
 def test_the_error_without_ray_says_what_to_install(call, tmp_path, model, output, monkeypatch):
-    # `silence` is for whole processes.
-    monkeypatch.setattr(embed_corpus, "silence", contextlib.nullcontext)
     monkeypatch.setitem(sys.modules, "ray", None)
     save_images(tmp_path / "images", 1)
     for options, address in [(["--ray"], ""), ([], "ray://127.0.0.1:10001")]:
@@ -366,9 +376,7 @@ def test_a_batch_without_a_readable_image(tmp_path):
     model.fix_image_size(16, 16)
     (tmp_path / "bad.png").write_text("no image")
     files = [str(tmp_path / "bad.png"), str(tmp_path / "gone.png")]
-    rows = [
-        embed_corpus.decode(file, embed_corpus.read_file(file), model.transform) for file in files
-    ]
+    rows = [embed_corpus.decode(file, None, model.transform) for file in files]
     for tokens in ("cls", "patches"):
         found = embed_corpus.embed(
             embed_corpus.to_table(rows, model.transform), model, tokens
@@ -379,6 +387,57 @@ def test_a_batch_without_a_readable_image(tmp_path):
         assert all(values == [None, None] for values in found.values()) and len(found) == (
             3 if tokens == "cls" else 4
         )
+
+
+def test_other_files_in_the_output_folder_are_left_alone(call, tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 3)
+    write_table(output / "labels.parquet", id=[1])
+    write_table(output / "scores.parquet", path=["/p"], score=[1.0])
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    for _ in range(2):
+        assert call("images", output, model)[:2] == (
+            0,
+            f"{output}: 3 images, 0 of which could not be read\n",
+        )
+    assert {path: path.read_bytes() for path in before} == before
+    (rows,) = set(output.iterdir()) - set(before)
+    check(read(rows), paths, model)
+
+    (output / "damaged.parquet").write_bytes(rows.read_bytes()[:-9])
+    status, stdout, (line,) = call("images", output, model)
+    assert (status, stdout) == (2, "") and str(output / "damaged.parquet") in line
+    assert (output / "damaged.parquet").exists()
+
+
+def test_a_folder_of_images_can_hold_the_output(call, tmp_path, model):
+    save_images(tmp_path / "images", 3)
+    for _ in range(2):
+        status, stdout, _ = call("images", tmp_path / "images" / "rows", model)
+        assert status == 0 and "3 images" in stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_names_that_are_not_utf8_and_pipes(call, tmp_path, model, output):
+    paths = save_images(tmp_path / "images", 2)
+    os.mkfifo(tmp_path / "images" / "pipe.png")
+    write_table(tmp_path / "uris.parquet", uri=[*map(str, paths), f"{tmp_path}/images/pipe.png"])
+    assert call("uris.parquet", output, model)[0] == 1
+    assert read(output)[f"{tmp_path}/images/pipe.png"]["error"] == "not a regular file"
+    os.rename(os.fsencode(paths[0]), os.fsencode(tmp_path / "images") + b"/\xff.png")
+    _, stdout, (line,) = call("images", tmp_path / "other", model)
+    assert "2 images, 1 of which" in stdout and "1 images skipped" in line
+
+
+def test_features_that_are_not_finite_are_errors(call, tmp_path, output):
+    save_images(tmp_path / "images", 2)
+    torch.manual_seed(0)
+    model = dinoreg.DinoVisionTransformer(CONFIG)
+    model.transform = dinoreg.Transform().at_size(64)
+    model.blocks[1].mlp.fc2.weight.data[0, 0] = float("nan")
+    dinoreg.save(model, tmp_path / "nan.safetensors")
+    assert call("images", output, tmp_path / "nan.safetensors")[0] == 1
+    for row in read(output).values():
+        assert row["error"] == "the model returns NaN or infinity" and row["embedding"] is None
 
 
 # --------------------------------------------------------------------------------------------------
