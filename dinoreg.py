@@ -363,6 +363,8 @@ class DinoVisionTransformer(nn.Module):
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images to tokens: (B, C, H, W) -> (B, N, D)."""
+        if not hasattr(x, "is_floating_point"):
+            raise TypeError(f"expected images as a tensor, see preprocess; got {type(x).__name__}")
         H, W = x.shape[-2:]
         # Each patch becomes a token. Integers are not converted: nobody has normalized them.
         x = self.patch_embed(x.to(self.pos_embed.dtype) if x.is_floating_point() else x)
@@ -750,7 +752,10 @@ def download(urls: list[str]) -> list[Path]:
 def read_tensors(path: str | os.PathLike, mmap: bool = False) -> tuple[dict, dict[str, str]]:
     """The tensors and metadata of a .safetensors or .pth file, which its contents tell apart."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file, nor one of {', '.join(CONFIGS)} (or + _lc)")
+        installed = shutil.which("dinoreg-convert")
+        hint = "; dinoreg-convert reads repositories of Hugging Face" if installed else ""
+        names = f"{', '.join(CONFIGS)} (or + _lc)"
+        raise FileNotFoundError(f"{path}: no such file, nor one of {names}{hint}")
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:] == b"{":  # safetensors: 8 bytes with the length of the header, then its JSON
@@ -1040,6 +1045,15 @@ def best_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if stated else torch.float32
 
 
+MODELS = """\
+official models           parameters   download
+vits14_reg, vits14              22 M      88 MB
+vitb14_reg, vitb14              87 M     346 MB
+vitl14_reg, vitl14             304 M     1.2 GB
+vitg14_reg, vitg14           1,137 M     4.5 GB
+with _lc, as in vits14_reg_lc: the same with a head for ImageNet-1k, 3 to 31 MB more"""
+
+
 def guard(program: str, function, *args) -> int:
     """Exit status of a program: what function(*args) returns, 130 if it was interrupted, else 2 and
     one line about the error, or its traceback if DINOREG_TRACEBACK is set."""
@@ -1069,6 +1083,7 @@ def guard(program: str, function, *args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Classify images. Returns 0; 1 if some of them failed; 2 if the run could not start."""
     parser = argparse.ArgumentParser("dinoreg", description="Classify images with DINOv2.")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # for the lines of MODELS
     parser.epilog = "example: python -m dinoreg photo.jpg holidays/ --model vitb14_reg_lc --top 3"
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
@@ -1082,6 +1097,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32)")
     add("--batch-size", type=int, default=8, metavar="B", help="images a pass (default: 8)")
     add("--json", action="store_true", help="print one JSON object per line, for each image")
+    add("--models", action="version", version=MODELS, help="list the official models and exit")
     add("--version", action="version", version=f"dinoreg {__version__}")
     args = parser.parse_args(argv)
     if min(args.top, args.batch_size, 1 if args.size is None else args.size) < 1:

@@ -491,6 +491,11 @@ def test_images_of_a_wrong_shape(shape):
         randomised(TINY)(torch.zeros(shape))
 
 
+def test_images_that_are_no_tensors():
+    with pytest.raises(TypeError, match="see preprocess; got Image"):
+        randomised(TINY)(Image.new("RGB", (8, 8)))
+
+
 @pytest.mark.parametrize("channels, dtype", [(1, torch.float32), (3, torch.uint8)])
 def test_gray_images_and_integers_are_refused(channels, dtype):
     with pytest.raises(RuntimeError):
@@ -1449,10 +1454,11 @@ def test_progress_of_a_long_run_on_a_terminal(folder):
     assert re.search(r"3/3, [\d.]+ images/s\n$", result.stderr)
 
 
-def test_the_version():
+def test_the_version_and_the_models():
     result = run("--version")
-    assert result.stdout == f"dinoreg {dinoreg.__version__}\n"
-    assert result.returncode == 0
+    assert (result.returncode, result.stdout) == (0, f"dinoreg {dinoreg.__version__}\n")
+    rows = [line.split() for line in run("--models").stdout.splitlines()[1:5]]
+    assert {name.strip(",") for row in rows for name in row[:2]} == set(CONFIGS)
 
 
 def test_help_has_an_example():
