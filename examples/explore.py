@@ -6,8 +6,8 @@
 The page needs no server and no network. It compares the patch under the pointer with all patches of
 all photos, and shows principal components, attention and token norms as `visualize.py` does. To
 keep the page small, patch features are projected onto their first principal axes and stored in
-int8, with as many axes as keep the errors of cosines below 0.02. The script prints the largest
-error for each model, and the size of the page.
+int8, with as many axes as keep the errors of cosines below 0.02. `--stride 7` (half the patch size)
+makes the maps smoother and the page about four times as large.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from torch import Tensor
 
 import common
 import dinoreg
-from visualize import add_colours, add_options, load_models, see_photos
+import patches
+from visualize import add_shared_options, load_models, map_photos
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 TOLERANCE = 0.02  # of a cosine
@@ -36,11 +37,10 @@ def encode(x: Tensor) -> str:
     return base64.b64encode(x.cpu().contiguous().numpy().tobytes()).decode()
 
 
-def encode_image(x: Tensor, transform: dinoreg.Transform) -> str:
-    """A normalised image (3, H, W) as a data: URL."""
+def encode_image(pixels: Tensor) -> str:
+    """An image (H, W, 3) in [0, 1] as a data: URL."""
     buffer = io.BytesIO()
-    pixels = (common.to_pixels(x, transform) * 255).round().byte().numpy()
-    Image.fromarray(pixels).save(buffer, "WEBP", quality=85)
+    Image.fromarray((pixels * 255).round().byte().numpy()).save(buffer, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -48,8 +48,8 @@ def compress(features: Tensor) -> tuple[Tensor, float]:
     """Features (M, D) -> int8 (M, K) with the same cosines within TOLERANCE, and the largest error
     of a cosine.
 
-    The K columns are the coordinates along the first principal axes of the normalised features,
-    which are not centred. K is the smallest number that keeps the error below TOLERANCE. The error
+    The K columns are the coordinates along the first principal axes of the normalized features,
+    which are not centered. K is the smallest number that keeps the error below TOLERANCE. The error
     is the largest among the cosines of the `CHECKED` patches that lose most with all M: those of
     all pairs would take hours for a thousand photos.
     """
@@ -71,102 +71,94 @@ def compress(features: Tensor) -> tuple[Tensor, float]:
     return quantize(K).char(), error(K)
 
 
+def encode_maps(maps: dict[str, Tensor], codes: Tensor) -> dict:
+    """The JSON data of a model's maps of a photo; codes are its compressed features."""
+    h, w = maps["norms"].shape
+    attention = maps["attention"].flatten(3)  # (L, A, 1 + R, h * w)
+    peaks = attention.amax(dim=-1, keepdim=True).clamp(min=1e-12)
+    return {
+        "h": h,
+        "w": w,
+        "features": encode(codes),
+        "colors": encode((maps["colors"] * 255).round().byte()),
+        "norms": encode(maps["norms"]),
+        # The square root keeps precision for small values: most are far below the peak.
+        "attention": encode(((attention / peaks).sqrt() * 255).round().byte()),
+        "peaks": encode(peaks),
+    }
+
+
 def describe(
     model: dinoreg.DinoVisionTransformer,
     name: str,
-    seen: list[dict[str, Tensor]],
+    photos: list[dict[str, Tensor]],
     layers: list[int],
 ) -> dict:
-    """The JSON data of a model and of what it sees in each photo."""
-    add_colours(seen)
-    compressed, error = compress(torch.cat([maps["features"].flatten(0, 1) for maps in seen]))
+    """The JSON data of a model and its maps of each photo; prints how exact they are."""
+    patches.add_colors(photos)
+    codes, error = compress(torch.cat([maps["features"].flatten(0, 1) for maps in photos]))
+    axes, D = codes.shape[1], model.embed_dim
     print(
-        f"{name}: {compressed.shape[1]} of {model.embed_dim} axes, largest cosine error {error:.4f}"
+        f"{dinoreg.printable(name)}: the page keeps {axes} of {D} dimensions of the features; "
+        f"its cosine similarities are within {error:.3f} of the exact ones"
     )
-    photos = []
-    for maps, codes in zip(seen, compressed.split([maps["norms"].numel() for maps in seen])):
-        h, w = maps["norms"].shape
-        attention = maps["attention"].flatten(3)  # (L, A, 1 + R, h * w)
-        peaks = attention.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        photos.append(
-            {
-                "h": h,
-                "w": w,
-                "features": encode(codes),
-                "colours": encode((maps["colours"] * 255).round().byte()),
-                "norms": encode(maps["norms"]),
-                # The square root keeps precision for small values: most are far below the peak.
-                "attention": encode(((attention / peaks).sqrt() * 255).round().byte()),
-                "peaks": encode(peaks),
-            }
-        )
+    norms = torch.cat([maps["norms"].flatten() for maps in photos])
+    parts = codes.split([maps["norms"].numel() for maps in photos])
     return {
         "name": name,
-        "axes": compressed.shape[1],
+        "axes": axes,
         "blocks": model.n_blocks,
         "layers": [layer % model.n_blocks for layer in layers],
         "heads": model.num_heads,
         "registers": model.num_register_tokens,
-        "outlier": common.OUTLIER
-        * torch.cat([maps["norms"].flatten() for maps in seen]).median().item(),
-        "photos": photos,
+        "outlier": patches.OUTLIER * norms.median().item(),
+        "photos": [encode_maps(maps, part) for maps, part in zip(photos, parts)],
     }
 
 
 def run(args: argparse.Namespace) -> int:
-    models, images = load_models(args), dinoreg.find_images(args.images)
+    images = dinoreg.find_images(args.images)
+    patches.check_outputs([args.output], images)
+    models = load_models(args)
     for source, model in models.items():
         if not set(args.layers) <= set(range(-model.n_blocks, model.n_blocks)):
-            raise ValueError(
-                f"--layers must be among the {model.n_blocks} blocks of {source}, got {args.layers}"
-            )
-    transform = next(iter(models.values())).transform
-    photos: list[dict] = []
-    seen: dict[str, list[dict[str, Tensor]]] = {source: [] for source in models}
-    for path, x, maps in see_photos("explore", models, images, args.layers):
-        _, H, W = x.shape
-        photos.append(
-            {"name": path.name, "width": W, "height": H, "image": encode_image(x, transform)}
-        )
-        for source in models:
-            seen[source].append(maps[source])
-    if not photos:
-        return 1
+            depth = f"the {model.n_blocks} blocks of {source}"
+            raise ValueError(f"--layers must be among {depth}, got {args.layers}")
 
+    unreadable: dict[Path, str] = {}
+    photos = list(map_photos(models, images, unreadable, args.layers))
+    if not photos:
+        return common.report("explore", unreadable)
     described = [
-        describe(model, Path(source).stem, seen[source], args.layers)
+        describe(model, Path(source).stem, [photo.maps[source] for photo in photos], args.layers)
         for source, model in models.items()
     ]
+    listed = []
+    for photo in photos:
+        H, W, _ = photo.pixels.shape
+        image = encode_image(photo.pixels)
+        listed.append({"name": photo.path.name, "width": W, "height": H, "image": image})
     # A file name may contain "</script>".
-    data = json.dumps({"photos": photos, "models": described}).replace("<", "\\u003c")
+    data = json.dumps({"photos": listed, "models": described}).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
     with dinoreg.atomic(args.output) as part:
         part.write_text(page, encoding="utf-8")
-    print(f"{args.output}: {args.output.stat().st_size:,} bytes")
-    return 1 if len(photos) < len(images) else 0
+    size = f"{len(photos)} photos, {args.output.stat().st_size / 1e6:.1f} MB"
+    print(f"{dinoreg.printable(str(args.output))}: {size}; open it in a browser")
+    return common.report("explore", unreadable)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_shared_options(parser)
+    common.add_stride(parser)
+    text = "blocks whose attention is shown, from 0 (default: -1, the last)"
+    parser.add_argument("--layers", nargs="+", type=int, default=[-1], metavar="BLOCK", help=text)
+    common.add_output(parser, "explore.html", "PAGE")
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if the run could not start."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_options(parser)
-    add = parser.add_argument
-    add(
-        "--layers",
-        nargs="+",
-        type=int,
-        default=[-1],
-        help="blocks to show the attention of (default: -1, the last)",
-    )
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("explore.html"),
-        metavar="PAGE",
-        help="default: %(default)s",
-    )
-    return common.run(run, parser.parse_args(argv))
+    return common.main(run, add_options, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Tests of examples/test_time_registers.py.
+"""Tests of examples/registers_at_test_time.py.
 
-Run them with `python -m pytest examples/tests/test_test_time_registers.py`.
+Run them with `python -m pytest examples/tests/test_registers_at_test_time.py`.
 """
 
 import json
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dinoreg
-import test_time_registers
+import registers_at_test_time
+from registers_at_test_time import add_register, find_register_neurons
 from test_dinoreg import SALIENCY_WEIGHTS
-from test_time_registers import add_register, find_register_neurons
 
 PLAIN = dinoreg.Config(
     embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=32, num_register_tokens=0
@@ -215,7 +215,7 @@ def test_other_mlps_are_refused():
 
 
 def call(capsys, *arguments) -> tuple[int, list[dict], str]:
-    status = test_time_registers.main(list(map(str, arguments)))
+    status = registers_at_test_time.main([*map(str, arguments), "--json"])
     out, err = capsys.readouterr()
     return status, [json.loads(line) for line in out.splitlines()], err
 
@@ -237,7 +237,7 @@ def test_the_script_prints_neurons_and_norms(tmp_path, capsys):
     status, (found, record), err = call(capsys, broken, photo, *options)
     assert (
         status == 1
-        and err.startswith(f"test_time_registers: {broken}: ")
+        and err.startswith(f"registers_at_test_time: {broken}: ")
         and "Traceback" not in err
     )
     assert found == {"neurons": {"1": [70]}}
@@ -257,6 +257,14 @@ def test_the_script_prints_neurons_and_norms(tmp_path, capsys):
         cosines = F.cosine_similarity(features[key], new_features[key], dim=-1)
         assert record[name] == pytest.approx(cosines.mean().item())
     assert call(capsys, broken, *options)[0] == 1
+
+    assert registers_at_test_time.main([*map(str, [photo, *options])]) == 0
+    neurons, change = capsys.readouterr().out.splitlines()
+    assert neurons == "register neurons: 1 in block 1 (the first block is 0)"
+    largest, new_largest = (f"{x.max():.1f}" for x in (before, after))
+    where = f"the largest norm of a patch was {largest} and is {new_largest} "
+    assert change.startswith(f"{photo}: {where}")
+
     status, records, err = call(capsys, photo, *options, "--cutoff", 100)
     assert status == 2 and records == [] and "no patch has a norm above 100 times the median" in err
 
@@ -269,14 +277,23 @@ def test_add_register_option_of_other_scripts(tmp_path):
 
     weights, photo = tmp_path / "planted.safetensors", write_photo(tmp_path / "photo.png")
     dinoreg.save(planted_model(), weights)
-    options = [photo, "--model", weights, "--resolution", 32, "--add-register", 3, "-o", tmp_path]
-    assert (
-        visualize.main(list(map(str, [*options, "--npy"])))
-        == find_objects.main(list(map(str, options)))
-        == 0
-    )
+    options = [photo, "--model", weights, "--resolution", 32, "--stride", 4, "--add-register", 3]
+    options = [str(x) for x in [*options, "-o", tmp_path]]
+    assert visualize.main([*options, "--npy"]) == find_objects.main(options) == 0
     # The attention of CLS and of the added register.
     assert np.load(tmp_path / "photo_planted_attention.npy").shape == (1, 4, 2, 8, 8)
+
+
+def test_features_that_are_not_finite_are_an_error_of_the_image(tmp_path, capsys):
+    model, weights = planted_model(), tmp_path / "planted.safetensors"
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.bias[0] = float("nan")  # after the block whose norms are measured
+    dinoreg.save(model, weights)
+    photo = write_photo(tmp_path / "photo.png")
+    options = ("--model", weights, "--resolution", 32, "--count", 1)
+    status, (found,), err = call(capsys, photo, *options)
+    assert status == 1 and found == {"neurons": {"1": [70]}}
+    assert f"{photo}: the model returns NaN or infinity" in err
 
 
 @pytest.mark.skipif(

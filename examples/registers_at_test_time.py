@@ -1,6 +1,11 @@
 """Registers for a model trained without: its outliers move to an added token (Jiang et al., 2025).
 
-    python examples/test_time_registers.py PHOTO... --model vitl14
+    python examples/registers_at_test_time.py PHOTO... --model vitl14
+
+It was tried on small models only: on one whose outliers were planted, and on a ViT-S/14 fine-tuned
+for saliency, whose largest norms are twice the median. It was not tried on the models it is
+made for, such as ViT-L/14, for which the authors published neurons: compare the norms before and
+after. ViT-g/14 is refused, as its MLPs are SwiGLU.
 
 Without registers, large models store global information in a few patches, whose norms become very
 high. In the blocks where these outliers appear, a few neurons of the MLPs fire at them. Here a zero
@@ -8,18 +13,14 @@ token is added as a register; at these neurons it takes the value of largest mag
 tokens of its image, and the patches take 0 ("Vision Transformers Don't Need Trained Registers",
 https://arxiv.org/abs/2506.08010).
 
-It prints JSON objects: the neurons found, by block; then for each photo the median and the largest
-norm of its patches, each [before, after], the norm of the added register, and the cosine similarity
-of the final features before and after. The model is changed in memory only: `dinoreg.save` refuses
-it, since `dinoreg.load` would not build it again.
-
-The authors published neurons for one DINOv2 model, ViT-L/14. This script has not been tried on a
-model with outliers of high norm: compare the norms before and after. ViT-g/14 is refused, as its
-MLPs are SwiGLU.
+It prints which neurons were found, and how norms and final features of each photo change; with
+--json as JSON objects. The model is changed in memory only: `dinoreg.save` refuses it, since
+`dinoreg.load` would not build it again.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 import common
 import dinoreg
+import patches
 
 LAYER = -2  # norms are those after the last block but one, as in the authors' code for DINOv2
 
@@ -146,98 +148,105 @@ def find_register_neurons(
     return neurons
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    rule = (
-        "give a model without registers one, to which outliers move: "
-        "norms above TIMES (3, say) the median"
-    )
-    parser.add_argument(
-        "--add-register", type=float, metavar="TIMES", help=f"{rule} (see test_time_registers.py)"
-    )
-
-
-def move_outliers(
-    model: dinoreg.DinoVisionTransformer, paths: Iterable[Path], cutoff: float
-) -> None:
-    """Add a register for the outliers of a model without registers in image files, of those that
-    can be read.
+def move_outliers(model: dinoreg.DinoVisionTransformer, paths: list[Path], cutoff: float) -> None:
+    """Give a model without registers one for its outliers in image files; those that cannot be read
+    are left out.
     """
-    inputs = (
-        common.read_image(path, None, True, model.patch_size, transform=model.transform)
-        for path in paths
-    )
     if model.num_register_tokens == 0:
-        add_register(
-            model,
-            find_register_neurons(
-                model, (x for x in inputs if isinstance(x, Tensor)), cutoff=cutoff
-            ),
-        )
+        images = (x for _, x in patches.read_photos(model, paths, {}))
+        add_register(model, find_register_neurons(model, images, cutoff=cutoff))
 
 
 @torch.inference_mode()
-def see(model: dinoreg.DinoVisionTransformer, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of an image (3, H, W), the norms of patches (h * w,) and of registers (R,); the features of
-    CLS and patches.
+def measure(model: dinoreg.DinoVisionTransformer, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms of the patches (h * w,) and registers (R,) of an image (3, H, W), and the final
+    features of CLS and patches (1 + h * w, D).
     """
-    outputs = model._get_intermediate_layers_not_chunked(image[None], len(model.blocks))
-    _, registers, patches = model.split_tokens(outputs[LAYER].norm(dim=-1))
+    x = image[None].to(model.pos_embed.device)
+    outputs = model._get_intermediate_layers_not_chunked(x, len(model.blocks))
+    _, registers, norms = model.split_tokens(outputs[LAYER].norm(dim=-1))
     cls, _, features = model.split_tokens(model.norm(outputs[-1]))
-    return patches[0], registers[0], torch.cat([cls, features[0]])
+    return norms[0], registers[0], torch.cat([cls, features[0]])
+
+
+def compare(
+    model: dinoreg.DinoVisionTransformer, image: Tensor, neurons: dict[int, list[int]]
+) -> dict:
+    """What a register for these neurons changes in an image (3, H, W): the JSON record."""
+    norms, _, features = measure(model, image)
+    remove = add_register(model, neurons)
+    new_norms, registers, new_features = measure(model, image)
+    remove()
+    cosines = F.cosine_similarity(features, new_features, dim=1)
+    return {
+        "median_norm": [norms.median().item(), new_norms.median().item()],
+        "largest_norm": [norms.max().item(), new_norms.max().item()],
+        "register_norm": registers[-1].item(),
+        "cosine_cls": cosines[0].item(),
+        "cosine_patches": cosines[1:].mean().item(),
+    }
+
+
+def describe_neurons(neurons: dict[int, list[int]]) -> str:
+    parts = [f"{len(neurons[i])} in block {i}" for i in sorted(neurons)]
+    return f"register neurons: {', '.join(parts)} (the first block is 0)"
+
+
+def describe_change(record: dict) -> str:
+    (median, new_median), (largest, new_largest) = record["median_norm"], record["largest_norm"]
+    return (
+        f"{dinoreg.printable(record['image'])}: "
+        f"the largest norm of a patch was {largest:.1f} and is {new_largest:.1f} "
+        f"(median: {median:.1f}, {new_median:.1f}); "
+        f"that of the added register is {record['register_norm']:.1f}. "
+        f"Cosine of the features before and after: "
+        f"CLS {record['cosine_cls']:.3f}, patches {record['cosine_patches']:.3f}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    model, paths = common.load_backbone(args.model, args.device), dinoreg.find_images(args.images)
-    options = args.resolution, True, model.patch_size
-    inputs = {path: common.read_image(path, *options, transform=model.transform) for path in paths}
-    status = common.report(
-        "test_time_registers", {path: x for path, x in inputs.items() if isinstance(x, str)}
-    )
-    images = {path: x.to(args.device) for path, x in inputs.items() if isinstance(x, Tensor)}
+    options = dict(size=args.resolution, whole=True)
+    model = common.load_backbone(args.model, args.device, **options)
+    paths, unreadable = dinoreg.find_images(args.images), dict[Path, str]()
+    images = dict(patches.read_photos(model, paths, unreadable))
     if not images:
-        return status
+        return common.report("registers_at_test_time", unreadable)
     neurons = find_register_neurons(model, images.values(), args.count, args.cutoff)
-    print(json.dumps({"neurons": neurons}))
+    print(json.dumps({"neurons": neurons}) if args.json else describe_neurons(neurons))
     for path, image in images.items():
-        before, _, features = see(model, image)
-        remove = add_register(model, neurons)
-        after, registers, new_features = see(model, image)
-        remove()
-        cosines = F.cosine_similarity(features, new_features, dim=1)
-        record = {
-            "image": str(path),
-            "median_norm": [x.median().item() for x in (before, after)],
-            "largest_norm": [x.max().item() for x in (before, after)],
-            "register_norm": registers[-1].item(),
-            "cosine_cls": cosines[0].item(),
-            "cosine_patches": cosines[1:].mean().item(),
-        }
-        print(json.dumps(record))
-    return status
+        record = {"image": str(path)} | compare(model, image, neurons)
+        if math.isfinite(record["cosine_cls"] + record["cosine_patches"]):
+            print(json.dumps(record) if args.json else describe_change(record))
+        else:
+            unreadable[path] = "the model returns NaN or infinity"
+    return common.report("registers_at_test_time", unreadable)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """The option of other scripts that calls `move_outliers`."""
+    text = "add a register to models without: it absorbs outlier tokens, those whose norm is above "
+    text += "TIMES x the median, such as 3 (see registers_at_test_time.py)"
+    parser.add_argument("--add-register", type=float, metavar="TIMES", help=text)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    common.add_images(parser)
+    add = parser.add_argument
+    text = "an official model, or a file of weights (default: %(default)s)"
+    add("--model", default="vitl14", help=text)
+    add("--count", type=common.positive, default=50, help="of neurons (default: %(default)s)")
+    text = "outliers have norms above this times the median (default: %(default)s)"
+    add("--cutoff", type=float, default=3, metavar="TIMES", help=text)
+    add("--json", action="store_true", help="print JSON objects")
+    common.add_resolution(parser, default=518)
+    common.add_device(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some images could not be read, 2 if there are no outliers or the run
     could not start.
     """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
-    add(
-        "--model",
-        default="vitl14",
-        help="an official model or a file of weights (default: %(default)s)",
-    )
-    add("--count", type=int, default=50, help="of neurons (default: %(default)s)")
-    add(
-        "--cutoff",
-        type=float,
-        default=3,
-        help="outliers have norms above this times the median (default: %(default)s)",
-    )
-    common.add_resolution(parser, default=518)
-    common.add_device(parser)
-    return common.run(run, parser.parse_args(argv))
+    return common.main(run, add_options, argv)
 
 
 if __name__ == "__main__":
