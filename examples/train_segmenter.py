@@ -5,21 +5,22 @@
     python examples/segment.py PHOTO... --weights mine.safetensors
 
 Each photo in the folder IMAGES has a mask of the same name in MASKS: a PNG file of the same size
-that holds class indices (255 is ignored) or the colours of the classes. A text file, --classes,
-names the classes. Without it they are named by their index and have the colours of the palette of
-the first mask.
+that holds class indices (255 is ignored) or the colors of the classes. A text file, --classes,
+names the classes. Without it they are named by their index and have the colors of the palette of
+the first mask. A fifth of the photos is held out, unless --val names others.
 
 The protocol is the official linear evaluation (dinov2/eval/segmentation): batch norm and a linear
-layer on the normalised patch tokens of the last block or the last four, logits upsampled
-bilinearly, cross entropy, AdamW. Photos keep their aspect ratio and are not augmented, so that the
+layer on the normalized patch tokens of the last block or the last four, logits upsampled
+bilinearly, cross entropy, AdamW. Photos keep their aspect ratio and are not augmented, so the
 backbone runs once: its features are cached in float16. Training is shorter than the official 40,000
-steps, at ten times the learning rate. A fifth of the photos is held out, unless --val names others.
+steps, at ten times the learning rate.
 """
 
 import argparse
 import math
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,9 @@ from tqdm import tqdm
 
 import common
 import dinoreg
-from dinoreg import DinoVisionTransformer
-from masks import IGNORED, Classes, confusion, name_classes, read_classes, read_mask, score
-from segment import Segmenter, classify_pixels, patch_features, save
+import features
+import segmentation
+from segmentation import IGNORED, Classes, Segmenter, read_mask
 
 BATCH = 8  # photos in a step
 LEARNING_RATE = 0.01
@@ -59,10 +60,8 @@ def find_pairs(
     pairs = [
         (photo, masks / photo.relative_to(images).with_suffix(".png")) for photo in sorted(photos)
     ]
-    errors = [
-        f"{mask}: no photo of this name in {images}"
-        for mask in sorted(found - {mask for _, mask in pairs})
-    ]
+    unused = sorted(found - {mask for _, mask in pairs})
+    errors = [f"{mask}: no photo of this name in {images}" for mask in unused]
 
     def count_classes(pair: Pair) -> int:
         try:
@@ -73,76 +72,62 @@ def find_pairs(
         return 1 + int(indices[indices != IGNORED].max(initial=0))
 
     with ThreadPoolExecutor() as pool:
-        counts = list(pool.map(count_classes, pairs))
+        counts = list(tqdm(pool.map(count_classes, pairs), "masks", len(pairs), disable=None))
     return [pair for pair, count in zip(pairs, counts) if count], errors, max(counts, default=0)
 
 
 def compute_features(
-    args: argparse.Namespace, backbone: DinoVisionTransformer, photos: list[Path]
-) -> common.Features:
+    backbone: dinoreg.DinoVisionTransformer, layers: int, photos: Sequence[Path]
+) -> Iterator[Tensor | str]:
     """What the head sees of each photo, (layers * D, h, w), float16; or why the photo cannot be
-    read.
+    used.
     """
+    device, P, transform = backbone.pos_embed.device, backbone.patch_size, backbone.transform
 
-    def function(images: list[Tensor]) -> list[Tensor]:
-        return [
-            patch_features(backbone, x[None].to(args.device), args.layers)[0].half().cpu()
-            for x in images
-        ]
+    def function(images: list[Tensor]) -> Iterator[Tensor]:
+        for x in images:  # of different sizes
+            (tokens,) = segmentation.patch_features(backbone, x[None].to(device), layers)
+            yield tokens.half().cpu()
 
-    P, transform = backbone.patch_size, backbone.transform
     read = partial(
-        common.read_image, keep_aspect=True, patch_size=P, normalized=False, transform=transform
+        features.read_image, keep_aspect=True, patch_size=P, normalized=False, transform=transform
     )
-    compute = partial(common.compute, function, read, transform=transform)
-    options = [args.layers, args.resolution]
-    return common.cached_features(
-        compute, photos, args.images, "train_segmenter", args.model, options, not args.no_cache
-    )[0]
+    return features.compute(function, read, photos, transform)
 
 
 def train(
-    model: Segmenter, pairs: list[Pair], features: common.Features, ignore: int, steps: int
+    model: Segmenter, pairs: list[Pair], cache: features.Cache, ignore: int, steps: int
 ) -> None:
     """Train the head on the cached features of photos and their masks, resized to the input of the
     model.
     """
     device, P = model.backbone.pos_embed.device, model.backbone.patch_size
-
-    def read(pair: Pair) -> tuple[Tensor, Tensor]:
-        photo, path = pair
-        _, h, w = features[photo].shape
-        mask = Image.fromarray(read_mask(path, photo, model.classes, ignore))
-        mask = np.array(mask.resize((w * P, h * P), Image.Resampling.NEAREST))
-        # (layers * D, h, w) and (1, H, W)
-        return features[photo].float(), torch.from_numpy(mask)[None].long()
-
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = OneCycleLR(
-        optimizer,
-        LEARNING_RATE,
-        steps,
-        pct_start=0.04,
-        anneal_strategy="linear",
-        cycle_momentum=False,
-    )
+    options = {"pct_start": 0.04, "anneal_strategy": "linear", "cycle_momentum": False}
+    schedule = OneCycleLR(optimizer, LEARNING_RATE, steps, **options)
+
+    def read(pair: Pair) -> np.ndarray:
+        return read_mask(pair[1], pair[0], model.classes, ignore)
+
     order = [pairs[i] for i in torch.utils.data.RandomSampler(pairs, num_samples=steps * BATCH)]
-    batches = common.read_ahead(read, common.split_batches(order, BATCH))
+    batches = list(features.split_batches(order, BATCH))
     model.head.train()
-    for batch in (bar := tqdm(batches, total=steps, unit="step")):
-        batch = [(x.to(device), mask.to(device)) for x, mask in batch]
-        # Of all photos together: (layers * D, N).
-        tokens = torch.cat([x.flatten(1) for x, _ in batch], dim=1)
-        logits = model.head(tokens[None, ..., None])[..., 0].split(
-            [x[0].numel() for x, _ in batch], dim=2
-        )
-        loss, labelled = 0, 0
-        for part, (x, mask) in zip(logits, batch):
-            # (1, K, H, W)
-            pixels = F.interpolate(part.unflatten(2, x.shape[1:]), mask.shape[1:], mode="bilinear")
-            loss = loss + F.cross_entropy(pixels, mask, ignore_index=IGNORED, reduction="sum")
-            labelled += (mask != IGNORED).sum().item()
-        loss = loss / max(1, labelled)
+    bar = tqdm(zip(batches, features.read_ahead(read, batches)), "training", steps, disable=None)
+    for batch, masks in bar:
+        # From the cache on the disk, since the features of all photos may not fit into memory.
+        tokens = [cache[photo].to(device).float() for photo, _ in batch]  # (layers * D, h, w) each
+        # The head sees the patches of all photos together: (layers * D, N).
+        joined = torch.cat([x.flatten(1) for x in tokens], dim=1)
+        logits = model.head(joined[None, ..., None])[0, ..., 0]  # (K, N)
+        loss, labeled = 0, 0
+        for x, part, mask in zip(tokens, logits.split([x[0].numel() for x in tokens], 1), masks):
+            h, w = x.shape[1:]
+            mask = Image.fromarray(mask).resize((w * P, h * P), Image.Resampling.NEAREST)
+            mask = torch.from_numpy(np.array(mask)).to(device).long()  # (H, W)
+            pixels = F.interpolate(part.unflatten(1, (h, w))[None], mask.shape, mode="bilinear")
+            loss += F.cross_entropy(pixels, mask[None], ignore_index=IGNORED, reduction="sum")
+            labeled += (mask != IGNORED).sum().item()
+        loss = loss / max(1, labeled)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,127 +136,96 @@ def train(
     model.eval()
 
 
+@torch.inference_mode()
+def evaluate(model: Segmenter, pairs: list[Pair], cache: features.Cache, ignore: int) -> dict:
+    """The scores of the head on photos, compared with their masks at full resolution."""
+    confusions = 0
+    for photo, path in tqdm(pairs, "testing", unit="image", disable=None):
+        truth = read_mask(path, photo, model.classes, ignore)
+        x = cache[photo][None].to(model.backbone.pos_embed.device).float()
+        predicted = segmentation.classify_pixels(model.head(x)[0], *truth.shape)
+        confusions += segmentation.confusion(truth, predicted, len(model.classes))
+    return segmentation.score(confusions, model.classes)
+
+
+def check_output(path: Path, model: str) -> None:
+    """Raise a ValueError, before minutes of training, if the head could not be saved there."""
+    if path.suffix != ".safetensors" or not os.access(path.parent, os.W_OK):
+        problem = "must be a .safetensors file in a folder that can be written to"
+        raise ValueError(f"{path}: {problem}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    segmentation.keep_inputs([path], [Path(model)])
+
+
 def run(args: argparse.Namespace) -> int:
-    if args.output.suffix != ".safetensors" or not os.access(args.output.parent, os.W_OK):
-        raise ValueError(
-            f"{args.output}: must be a .safetensors file in a folder that can be written to"
-        )
-    backbone = common.load_backbone(args.model, args.device)
+    check_output(args.output, args.model)
+    backbone = common.load_backbone(args.model, args.device, size=args.resolution, whole=True)
     if args.layers > backbone.n_blocks:
         raise ValueError(f"--layers must be at most {backbone.n_blocks}, got {args.layers}")
-    common.set_resolution(backbone, args.resolution)  # segment.py does the same
-    classes = read_classes(args.classes) if args.classes else None
+    classes = segmentation.read_classes(args.classes) if args.classes else None
     pairs, errors, count = find_pairs(args.images, args.masks, classes, args.ignore)
     held_out, more, other = find_pairs(*args.val, classes, args.ignore) if args.val else ([], [], 0)
     if pairs and not classes:
-        classes = name_classes(max(count, other), pairs[0][1])
-    features = compute_features(args, backbone, [photo for photo, _ in pairs + held_out])
-    errors += more + [f"{photo}: {x}" for photo, x in features.items() if isinstance(x, str)]
-    for error in errors:
-        print(f"train_segmenter: {error}", file=sys.stderr)
+        classes = segmentation.name_classes(max(count, other), pairs[0][1])
+
+    key = features.fingerprint(backbone, args.layers)
+    cache = features.Cache("train_segmenter", args.images, key, enabled=not args.no_cache)
+    function = partial(compute_features, backbone, args.layers)
+    unreadable = cache.fill(function, [photo for photo, _ in pairs + held_out])
+    for error in errors + more:
+        dinoreg.complain(error, "train_segmenter")
+    status = common.report("train_segmenter", unreadable) or int(bool(errors + more))
     pairs, held_out = (
-        [pair for pair in part if isinstance(features[pair[0]], Tensor)]
-        for part in (pairs, held_out)
+        [pair for pair in part if pair[0] not in unreadable] for part in (pairs, held_out)
     )
     if not args.val:
-        pairs = [
-            pairs[i] for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-        ]
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
         fifth = math.ceil(len(pairs) / 5)
-        pairs, held_out = pairs[fifth:], pairs[:fifth]
+        pairs, held_out = [pairs[i] for i in order[fifth:]], [pairs[i] for i in order[:fifth]]
     if not pairs or not held_out:
-        raise ValueError(
-            f"{args.images}: one photo to train on and one to hold out are needed, "
-            "with masks that can be used"
-        )
+        needed = "one photo to train on and one to hold out are needed, with masks that can be used"
+        raise ValueError(f"{args.images}: {needed}")
     if len(classes) < 2:
-        raise ValueError(
-            f"{args.masks}: the masks hold a single class, 0, "
-            f"and perhaps {args.ignore}, which is ignored"
-        )
+        found = f"the masks hold a single class, 0, and perhaps {args.ignore}, which is ignored"
+        raise ValueError(f"{args.masks}: {found}")
 
     torch.manual_seed(0)
     model = Segmenter(backbone, classes, args.layers).to(args.device).eval()
-    train(model, pairs, features, args.ignore, args.steps)
-    confusions = 0
-    with torch.inference_mode():
-        for photo, path in tqdm(held_out, unit="image"):
-            truth = read_mask(path, photo, classes, args.ignore)  # of full resolution
-            (logits,) = model.head(features[photo][None].float().to(args.device))
-            confusions += confusion(truth, classify_pixels(logits, *truth.shape), len(classes))
-    scores = score(confusions, classes)
-    mean, accuracy = scores["mean_iou"], scores["pixel_accuracy"]
-    print(f"mean IoU {mean:.1%}, pixel accuracy {accuracy:.1%} on {len(held_out)} held-out photos")
-    for name, iou in scores["iou"].items():
-        print(f"{'does not occur' if iou is None else f'{iou:.1%}':>8}  {name}")
-    save(model, args.output)
+    train(model, pairs, cache, args.ignore, args.steps)
+    scores = evaluate(model, held_out, cache, args.ignore)
+    print(segmentation.describe_scores(scores, f"{len(held_out)} held-out photos"))
+    segmentation.save(model, args.output)
     print(f"{args.output} written: python examples/segment.py PHOTO --weights {args.output}")
-    return 1 if errors else 0
+    return status
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("images", type=Path, metavar="IMAGES", help="folder of photos")
+    text = "folder of their masks: PNG files of class indices or colors"
+    add("masks", type=Path, metavar="MASKS", help=text)
+    text = "held-out photos and masks (default: a fifth of all)"
+    add("--val", type=Path, nargs=2, metavar=("IMAGES", "MASKS"), help=text)
+    text = "class names: one per line, with or without #rrggbb"
+    add("--classes", type=Path, metavar="FILE", help=text)
+    text = "index of unlabeled pixels (default: %(default)s)"
+    add("--ignore", type=int, default=IGNORED, metavar="INDEX", help=text)
+    common.add_model(parser)
+    common.add_resolution(parser, default=448)
+    text = "last blocks whose patch tokens the head sees (default: 1)"
+    add("--layers", type=int, choices=(1, 4), default=1, help=text)
+    text = f"training steps, of {BATCH} photos each (default: %(default)s)"
+    add("--steps", type=common.positive, default=500, help=text)
+    common.add_output(parser, "segmenter.safetensors")
+    text = "compute all features, and keep none in the cache folder"
+    add("--no-cache", action="store_true", help=text)
+    common.add_device(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if all went well, 1 if some photos or masks could not be used, 2 if the run could not
-    start.
-    """
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("images", type=Path, metavar="IMAGES", help="folder of photos")
-    add(
-        "masks",
-        type=Path,
-        metavar="MASKS",
-        help="folder of their masks: PNG files of class indices or colours",
-    )
-    add(
-        "--val",
-        type=Path,
-        nargs=2,
-        metavar=("IMAGES", "MASKS"),
-        help="held-out photos and masks (default: a fifth of all)",
-    )
-    add(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="class names: one per line, with or without #rrggbb",
-    )
-    add(
-        "--ignore",
-        type=int,
-        default=IGNORED,
-        metavar="INDEX",
-        help="index of unlabelled pixels (default: %(default)s)",
-    )
-    add(
-        "--model",
-        default="vits14_reg",
-        help="an official backbone, or a file (default: %(default)s)",
-    )
-    common.add_resolution(parser, default=448)
-    add(
-        "--layers",
-        type=int,
-        choices=(1, 4),
-        default=1,
-        help="last blocks whose patch tokens the head sees (default: 1)",
-    )
-    add(
-        "--steps",
-        type=common.positive,
-        default=500,
-        help=f"training steps, of {BATCH} photos each (default: %(default)s)",
-    )
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("segmenter.safetensors"),
-        metavar="FILE",
-        help="default: %(default)s",
-    )
-    common.add_no_cache(parser)
-    common.add_device(parser)
-    return common.run(run, parser.parse_args(argv))
+    """0; 1 if some photos or masks could not be used; 2 if the run could not start."""
+    return common.main(run, add_options, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of examples/train_segmenter.py, examples/segment.py and examples/masks.py."""
+"""Tests of examples/train_segmenter.py, examples/segment.py and examples/segmentation.py."""
 
 import itertools
 import json
@@ -26,9 +26,9 @@ SALIENCY_WEIGHTS = HERE.parents[1] / "shared" / "data" / "vits14_saliency_fp16.p
 TINY = dinoreg.Config(embed_dim=32, depth=4, num_heads=4, patch_size=4, image_size=16)
 CLASSES = {"blue sky": (20, 30, 220), "leaf": (20, 200, 40), "brick": (220, 30, 20)}
 
-import common
-import masks
+import features
 import segment
+import segmentation
 import train_segmenter
 
 
@@ -44,13 +44,13 @@ def scene(seed, width=48, height=32):
 
 
 def save_mask(mask, path, mode="P"):
-    colours = np.array([*CLASSES.values()], np.uint8)
+    colors = np.array([*CLASSES.values()], np.uint8)
     if mode == "P":
         image = Image.fromarray(mask)
-        image.putpalette([*colours.flatten().tolist(), *[0] * (768 - colours.size)])
+        image.putpalette([*colors.flatten().tolist(), *[0] * (768 - colors.size)])
     else:
         image = Image.fromarray(
-            {"L": mask, "I;16": mask.astype(np.uint16), "RGB": colours[mask.clip(max=2)]}[mode]
+            {"L": mask, "I;16": mask.astype(np.uint16), "RGB": colors[mask.clip(max=2)]}[mode]
         )
     image.save(path)
 
@@ -67,7 +67,7 @@ def data(tmp_path):
         photo, mask = scene(i, *[(48, 32), (36, 48), (56, 28)][i % 3])
         photo.save(tmp_path / "images" / name)
         save_mask(mask, tmp_path / "masks" / name)
-    lines = [f"{name} #{bytes(colour).hex()}" for name, colour in CLASSES.items()]
+    lines = [f"{name} #{bytes(color).hex()}" for name, color in CLASSES.items()]
     (tmp_path / "classes.txt").write_text("\n".join(lines))
     return tmp_path
 
@@ -142,7 +142,7 @@ def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
     )
     assert status == 0 and not errors and "on 2 held-out photos" in out
     assert float(out.split("mean IoU ")[1].partition("%")[0]) > 75
-    trained = segment.load(data / "mine.safetensors", "cpu")
+    trained = segmentation.load(data / "mine.safetensors", "cpu")
     assert (
         trained.classes == CLASSES
         and trained.layers == layers
@@ -158,9 +158,8 @@ def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
         mask[:9] = 255
         save_mask(mask, data / "new" / f"{i}.png", "L")
     weights, photos = data / "mine.safetensors", [data / "0.png", data / "1.png"]
-    status, out, errors = call(
-        segment, *photos, "--weights", weights, "--truth", data / "new", "--output", data / "out"
-    )
+    options = ["--weights", weights, "--truth", data / "new", "--output", data / "out"]
+    status, out, errors = call(segment, *photos, *options, "--json")
     assert status == 0 and not errors
     *records, scores = map(json.loads, out.splitlines())
     assert [record["image"] for record in records] == [str(photo) for photo in photos]
@@ -168,16 +167,25 @@ def test_a_trained_head_segments_other_photos(data, model, train, call, layers):
     for i, record in enumerate(records):
         with Image.open(data / "out" / f"{i}_mask.png") as image:
             assert image.mode == "P" and image.getpalette()[:9] == [
-                x for colour in CLASSES.values() for x in colour
+                x for color in CLASSES.values() for x in color
             ]
             predicted.append(np.asarray(image))
         assert record["mask"] == str(data / "out" / f"{i}_mask.png")
+        assert record["picture"] == str(data / "out" / f"{i}_segments.png")
         shares = [(predicted[i] == k).mean() for k in range(3)]
         assert list(record["shares"]) == list(CLASSES)
         np.testing.assert_allclose(list(record["shares"].values()), shares, atol=1e-4)
     iou = brute_force_iou([(mask, found) for (_, mask), found in zip(pairs, predicted)], 3)
     np.testing.assert_allclose(list(scores["iou"].values()), iou, atol=1e-9)
     assert scores["mean_iou"] == pytest.approx(np.mean(iou)) and scores["mean_iou"] > 0.7
+
+    status, out, errors = call(segment, *photos, *options)
+    assert status == 0 and not errors
+    shares = ", ".join(f"{name} {x:.1%}" for name, x in records[0]["shares"].items() if x)
+    files = f"{records[0]['picture']} and {records[0]['mask']} written"
+    assert out.splitlines()[0] == f"{photos[0]}: {shares}; {files}"
+    mean, accuracy = scores["mean_iou"], scores["pixel_accuracy"]
+    assert f"\nmean IoU {mean:.1%}, pixel accuracy {accuracy:.1%} on 2 photos\n" in out
 
 
 def test_the_held_out_score_is_that_of_the_written_model(data, train, call):
@@ -194,20 +202,20 @@ def test_the_held_out_score_is_that_of_the_written_model(data, train, call):
         "--output",
         data / "out",
     ]
-    status, out, _ = call(segment, data / "images", *arguments)
+    status, out, _ = call(segment, data / "images", *arguments, "--json")
     scores = json.loads(out.splitlines()[-1])
     # Features were rounded to float16.
     assert status == 0 and 100 * scores["mean_iou"] == pytest.approx(printed, abs=0.5)
     assert list(scores["iou"]) == ["0", "1", "2"]  # named by their index
     # The palette.
-    assert segment.load(data / "mine.safetensors", "cpu").classes == dict(
+    assert segmentation.load(data / "mine.safetensors", "cpu").classes == dict(
         zip("012", CLASSES.values())
     )
 
 
 def test_the_head_is_batch_norm_and_a_1x1_convolution():
     torch.manual_seed(0)
-    model = segment.Segmenter(dinoreg.DinoVisionTransformer(TINY), CLASSES, layers=4)
+    model = segmentation.Segmenter(dinoreg.DinoVisionTransformer(TINY), CLASSES, layers=4)
     norm, conv = torch.nn.BatchNorm2d(128), torch.nn.Conv2d(128, 3, 1)
     for parameter in (*model.head[0].parameters(), *model.head[1].parameters()):
         torch.nn.init.normal_(parameter)
@@ -225,12 +233,11 @@ def test_the_head_is_batch_norm_and_a_1x1_convolution():
 def test_features_are_computed_once_and_kept_in_half_precision(
     data, model, train, call, monkeypatch
 ):
-    seen = {}
-    cached_features = common.cached_features
+    seen, read = {}, features.Cache.__getitem__
 
-    def spy(*args):
-        seen.update(cached_features(*args)[0])
-        return seen, []
+    def spy(cache, path):
+        seen[path] = read(cache, path)
+        return seen[path]
 
     def computed(*arguments):
         assert train("--steps", 5, *arguments)[0] == 0
@@ -238,7 +245,7 @@ def test_features_are_computed_once_and_kept_in_half_precision(
             int(x) for x in re.search(r"(\d+) computed, (\d+) from the cache", call.stderr).groups()
         ]
 
-    monkeypatch.setattr(common, "cached_features", spy)
+    monkeypatch.setattr(features.Cache, "__getitem__", spy)
     assert computed() == [10, 0] and len(seen) == 10
     first = dinoreg.read_tensors(data / "mine.safetensors")[0]
     photo = data / "images" / "3.png"
@@ -302,7 +309,7 @@ def test_unusable_files_are_one_line_each(data, train, call):
         assert len(errors) == 6
         for name, reason in [
             ("images/0.png", "cannot identify"),
-            ("masks/1.png", "No such file"),
+            ("masks/1.png", "no such image file"),
             ("masks/2.png", "no photo of this name"),
             ("masks/3.png", "the mask is 5 x 6 pixels, its photo 48 x 32"),
             ("masks/4.png", "no class has the index 3; there are 3, and 255 is ignored"),
@@ -330,6 +337,7 @@ def test_errors_of_training_are_one_line(call, data, model):
         folder = data / "zeros" / path.parent.relative_to(data / "images")
         folder.mkdir(exist_ok=True)
         Image.new("L", Image.open(path).size).save(folder / path.name)
+    os.mkfifo(data / "pipe.safetensors")
     (data / "twice.txt").write_text("a\nb\na\n")
     (data / "binary.txt").write_bytes(b"\xff\xfe\xfa")
     images, masks, output = data / "images", data / "masks", data / "mine.safetensors"
@@ -347,8 +355,11 @@ def test_errors_of_training_are_one_line(call, data, model):
         ([images, masks, "--classes", data / "nothing.txt"], "No such file"),
         ([images, masks, "--classes", data / "twice.txt"], "different class names"),
         ([images, masks, "--classes", data / "binary.txt"], "not a text file"),
-        ([images, masks, "--resolution", 3], "--resolution must be at least 4"),
+        ([images, masks, "--resolution", 3], "images must have at least 4 pixels"),
         ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
+        ([images, masks, "--output", ""], "argument -o/--output: must not be empty"),
+        ([images, masks, "--output", model], "would be overwritten"),
+        ([images, masks, "--output", data / "pipe.safetensors"], "not a regular file"),
         (
             [images, masks, "--output", data / "nowhere" / "x.safetensors"],
             "folder that can be written to",
@@ -379,7 +390,7 @@ def test_tiles_give_what_the_whole_image_gives(stride):
     torch.nn.init.zeros_(backbone.pos_embed)
     for block in backbone.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
-    model = segment.Segmenter(backbone, CLASSES).eval()
+    model = segmentation.Segmenter(backbone, CLASSES).eval()
     x, seen = torch.randn(3, 13 * 4, 22 * 4), []
     backbone.patch_embed.proj.stride = (stride, stride)
 
@@ -413,7 +424,7 @@ def test_pixels_are_those_of_upsampled_logits():
     clear = (first - second > 1e-5).numpy()
     assert clear.mean() > 0.99
     assert np.array_equal(
-        segment.classify_pixels(logits, 201, 133)[clear], full.argmax(dim=0).numpy()[clear]
+        segmentation.classify_pixels(logits, 201, 133)[clear], full.argmax(dim=0).numpy()[clear]
     )
 
 
@@ -423,7 +434,7 @@ def test_scores_are_those_of_pixel_sets():
         (rng.choice([0, 1, 3, 255], (20, 30)), rng.choice([0, 1, 3], (20, 30))) for _ in range(3)
     ]
     names = dict.fromkeys("abcd", (0, 0, 0))
-    scores = masks.score(sum(masks.confusion(*pair, 4) for pair in pairs), names)
+    scores = segmentation.score(sum(segmentation.confusion(*pair, 4) for pair in pairs), names)
     assert (
         list(scores["iou"].values()) == pytest.approx(brute_force_iou(pairs, 4))
         and scores["iou"]["c"] is None
@@ -436,7 +447,7 @@ def test_scores_are_those_of_pixel_sets():
         for truth, predicted in pairs
     ]
     # Unknown pixels are wrong ones.
-    missing = masks.score(sum(masks.confusion(*pair, 4) for pair in unsure), names)
+    missing = segmentation.score(sum(segmentation.confusion(*pair, 4) for pair in unsure), names)
     assert list(missing["iou"].values()) == pytest.approx(brute_force_iou(unsure, 4))
     valid = np.concatenate(
         [truth[truth != 255] == predicted[truth != 255] for truth, predicted in pairs]
@@ -449,13 +460,13 @@ def test_scores_are_those_of_pixel_sets():
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "I;16", "RGB"])
-def test_masks_of_indices_and_of_colours_are_the_same(tmp_path, mode):
+def test_masks_of_indices_and_of_colors_are_the_same(tmp_path, mode):
     photo, mask = scene(0)
     photo.save(tmp_path / "photo.png")
     save_mask(mask, tmp_path / "mask.png", mode)
-    read = masks.read_mask(tmp_path / "mask.png", tmp_path / "photo.png", CLASSES, 255)
+    read = segmentation.read_mask(tmp_path / "mask.png", tmp_path / "photo.png", CLASSES, 255)
     assert read.dtype == np.uint8 and np.array_equal(read, mask)
-    without = masks.read_mask(tmp_path / "mask.png", tmp_path / "photo.png", CLASSES, 1)
+    without = segmentation.read_mask(tmp_path / "mask.png", tmp_path / "photo.png", CLASSES, 1)
     assert np.array_equal(without, np.where(mask == 1, 255, mask))
 
 
@@ -465,7 +476,9 @@ def test_a_mask_fits_the_upright_photo(tmp_path):
     exif[0x0112] = 6
     photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif)
     save_mask(mask, tmp_path / "mask.png")
-    assert masks.read_mask(tmp_path / "mask.png", tmp_path / "turned.jpg", CLASSES, 255).shape == (
+    assert segmentation.read_mask(
+        tmp_path / "mask.png", tmp_path / "turned.jpg", CLASSES, 255
+    ).shape == (
         32,
         48,
     )
@@ -474,50 +487,54 @@ def test_a_mask_fits_the_upright_photo(tmp_path):
 def test_files_that_are_not_masks_are_refused(tmp_path):
     photo, mask = scene(0)
     photo.save(tmp_path / "photo.png")
-    colours = np.array([*CLASSES.values()], np.uint8)[mask]
-    colours[3, 4] = (1, 2, 3)
-    Image.fromarray(colours).save(tmp_path / "colours.png")
+    colors = np.array([*CLASSES.values()], np.uint8)[mask]
+    colors[3, 4] = (1, 2, 3)
+    Image.fromarray(colors).save(tmp_path / "colors.png")
     Image.fromarray(mask.astype(np.float32)).save(tmp_path / "floats.tiff")
     save_mask(np.where(mask == 2, 254, mask).astype(np.uint8), tmp_path / "254.png", "L")
+    os.mkfifo(tmp_path / "pipe.png")
     for name, classes, message in [
-        ("colours.png", CLASSES, "no class has the colour #010203"),
-        ("colours.png", None, "needs --classes"),
+        ("colors.png", CLASSES, "no class has the color #010203"),
+        ("colors.png", None, "needs --classes"),
         ("floats.tiff", CLASSES, "not pixels of mode F"),
         ("254.png", CLASSES, "no class has the index 254"),
-        ("none.png", CLASSES, "No such file"),
+        ("none.png", CLASSES, "no such image file"),
+        ("pipe.png", CLASSES, "no such image file"),
     ]:
         with pytest.raises(ValueError, match=f"{name}: .*{message}"):
-            masks.read_mask(tmp_path / name, tmp_path / "photo.png", classes, 255)
-    assert masks.read_mask(tmp_path / "254.png", tmp_path / "photo.png", None, 255).max() == 254
+            segmentation.read_mask(tmp_path / name, tmp_path / "photo.png", classes, 255)
+    assert (
+        segmentation.read_mask(tmp_path / "254.png", tmp_path / "photo.png", None, 255).max() == 254
+    )
 
 
-def test_classes_come_with_or_without_colours(tmp_path):
+def test_classes_come_with_or_without_colors(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("\ufeffnight sky  #010203\r\n\r\n#ffffff\n  tree #1\n", encoding="utf-8")
-    classes = masks.read_classes(path)
+    classes = segmentation.read_classes(path)
     assert list(classes) == ["night sky", "#ffffff", "tree #1"] and classes["night sky"] == (
         1,
         2,
         3,
     )
-    assert len({masks.default_colour(i) for i in range(255)}) == 255
+    assert len({segmentation.default_color(i) for i in range(255)}) == 255
 
 
-def test_the_picture_shows_each_class_in_its_colour():
+def test_the_picture_shows_each_class_in_its_color():
     photo, mask = Image.new("RGB", (200, 100), (100, 100, 100)), np.zeros((100, 200), np.uint8)
     mask[:, 100:] = 2
     mask[:10] = 255
-    picture = masks.draw(
+    picture = segmentation.draw(
         [(photo, None), (photo, mask)], {"blue sky": 0.5, "leaf": 0, "brick": 0.5}, CLASSES, 1000
     )
     pixels = np.asarray(picture)
     assert picture.width == 404 and picture.height > 100
     assert (pixels[:100, :200] == 100).all() and (pixels[:10, 204:404] == 100).all()
-    # Half of both colours.
+    # Half of both colors.
     assert tuple(pixels[50, 254]) == (60, 65, 160) and tuple(pixels[50, 354]) == (160, 65, 60)
     legend = {tuple(pixel) for pixel in pixels[100:].reshape(-1, 3)}
     assert {CLASSES["blue sky"], CLASSES["brick"]} <= legend and CLASSES["leaf"] not in legend
-    narrow = masks.draw([(photo, mask)], {"blue sky": 0.5, "brick": 0.5}, CLASSES, 100)
+    narrow = segmentation.draw([(photo, mask)], {"blue sky": 0.5, "brick": 0.5}, CLASSES, 100)
     assert narrow.width == 100 and narrow.height > 50 + 40  # the legend takes two lines
 
 
@@ -526,7 +543,7 @@ def test_the_picture_shows_each_class_in_its_colour():
 
 
 def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
-    monkeypatch.setattr(segment, "NEIGHBOURS", 3)
+    monkeypatch.setattr(segment, "NEIGHBORS", 3)
     model = dinoreg.load(save_tiny(TINY, tmp_path / "model.safetensors"))
     model.transform = model.transform.at_size(39)
     photo, mask = scene(0)
@@ -534,7 +551,8 @@ def test_the_most_similar_patches_vote(tmp_path, monkeypatch):
     mask[:, :9] = 255  # columns 0 and 1 of the patches, and a quarter of column 2
     query = torch.randn(1, 3, 20, 28)
     with torch.inference_mode():
-        found = segment.by_example(model, [(tmp_path / "photo.png", mask)], 99, 3)(query)
+        examples = [(tmp_path / "photo.png", mask)]
+        found = segment.ExampleSegmenter(model, CLASSES, examples, tile=99)(query)
         x = dinoreg.preprocess(tmp_path / "photo.png", 39, keep_aspect=True, patch_size=4)
         known, asked = (
             F.normalize(model.get_intermediate_layers(y)[0][0], dim=1) for y in (x[None], query)
@@ -569,7 +587,7 @@ def test_one_annotated_photo_is_enough(data, model, call):
         "--output",
         data / "out",
     ]
-    status, out, errors = call(segment, data / "3x.png", *arguments, "--tile", 48)
+    status, out, errors = call(segment, data / "3x.png", *arguments, "--tile", 48, "--json")
     record, scores = map(json.loads, out.splitlines())
     assert status == 0 and not errors and list(record["shares"]) == ["0", "1", "2"]
     assert scores["mean_iou"] > 0.75
@@ -590,7 +608,7 @@ def test_an_annotated_photo_reproduces_its_mask(data, model, call):
         "--truth",
         data / "masks",
     ]
-    status, out, errors = call(segment, photo, *arguments, "--output", data / "out")
+    status, out, errors = call(segment, photo, *arguments, "--output", data / "out", "--json")
     record, scores = map(json.loads, out.splitlines())
     assert status == 0 and not errors and record["unknown"] == 0
     assert scores["mean_iou"] > 0.9 and scores["pixel_accuracy"] > 0.95
@@ -610,7 +628,7 @@ def test_patches_below_the_threshold_are_unknown(data, model, call):
     ]
     found, unknown = {}, {}
     for threshold in (-1, 0.9, 1.01):
-        status, out, errors = call(segment, *arguments, "--threshold", threshold)
+        status, out, errors = call(segment, *arguments, "--threshold", threshold, "--json")
         record, scores = map(json.loads, out.splitlines())
         assert status == 0 and not errors
         with Image.open(data / "out" / "3_mask.png") as image:
@@ -678,6 +696,7 @@ def test_several_annotated_photos_complete_each_other(data, model, call):
             *arguments,
             "--classes",
             data / "classes.txt",
+            "--json",
         )
         assert status == 0 and not errors
         assert (json.loads(out.splitlines()[-1])["iou"]["leaf"] > 0.7) == (count == 6)
@@ -686,16 +705,21 @@ def test_several_annotated_photos_complete_each_other(data, model, call):
 def test_errors_of_segmenting_are_one_line(data, model, call):
     classifier = dinoreg.LinearClassifier(dinoreg.load(model), 3)
     dinoreg.save(classifier, data / "classifier.safetensors", ["a", "b", "c"])
-    segment.save(segment.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors")
+    segmentation.save(
+        segmentation.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors"
+    )
     tensors, metadata = dinoreg.read_tensors(data / "good.safetensors")
     for name, changes in {
         "layers": {"layers": "2"},
         "many": {"layers": "9"},
         "classes": {"classes": "[1]"},
+        "gray": {"classes": '{"a": [1], "b": [1, 2, 3], "c": [1, 2, 3]}'},
     }.items():
         dinoreg.write_tensors(tensors, data / f"{name}.safetensors", metadata | changes)
     save_mask(np.full((32, 48), 255, np.uint8), data / "nothing.png", "L")
     Image.new("L", (3, 3)).save(data / "small.png")
+    os.mkfifo(data / "pipe.png")
+    (data / "cut.png").write_bytes((data / "images" / "0.png").read_bytes()[:-600])
     photo, mask = data / "images" / "0.png", data / "masks" / "0.png"
     like = ["--model", model, "--like", photo]
     for arguments, message in [
@@ -707,12 +731,16 @@ def test_errors_of_segmenting_are_one_line(data, model, call):
         (["--weights", data / "layers.safetensors"], "layers.safetensors: RuntimeError"),
         (["--weights", data / "many.safetensors"], "damaged: 9 layers of 4"),
         (["--weights", data / "classes.safetensors"], "classes.safetensors: AttributeError"),
-        (["--weights", data / "good.safetensors", "--resolution", 2], "must be at least 4"),
+        (["--weights", data / "gray.safetensors"], "each with an RGB color"),
+        (["--weights", data / "good.safetensors", "--resolution", 2], "at least 4 pixels"),
         (["--weights", data / "good.safetensors", "--tile", 7], "--tile must be at least 8"),
-        ([*like, data / "none.png"], "none.png: No such file"),
+        ([*like, data / "none.png"], "none.png: no such image file"),
+        ([*like, data / "pipe.png"], "pipe.png: no such image file"),
+        ([*like[:-1], data / "cut.png", mask], "cut.png: image file is truncated"),
+        ([*like[:-1], data / "pipe.png", mask], "pipe.png: no such image file"),
         ([*like, data / "small.png"], "the mask is 3 x 3 pixels, its photo 48 x 32"),
-        ([*like, data / "nothing.png"], "no labelled pixels"),
-        (["--model", model, "--like", data / "none.png", mask], "none.png: No such file"),
+        ([*like, data / "nothing.png"], "no labeled pixels"),
+        (["--model", model, "--like", data / "none.png", mask], "none.png: no such image file"),
     ]:
         status, out, errors = call(
             segment, photo, "--resolution", 40, "--output", data / "out", *arguments
@@ -725,11 +753,12 @@ def test_segmenting_continues_after_a_bad_photo(data, model, call):
     (data / "bad.jpg").write_text("no image")
     (data / "other").mkdir()
     scene(1)[0].save(data / "other" / "0.png")
-    segment.save(segment.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors")
-    photos = [data / "bad.jpg", data / "images" / "0.png", data / "none.png", data / "other"]
-    status, out, errors = call(
-        segment, *photos, "--weights", data / "good.safetensors", "--output", data / "out"
+    segmentation.save(
+        segmentation.Segmenter(dinoreg.load(model), CLASSES), data / "good.safetensors"
     )
+    photos = [data / "bad.jpg", data / "images" / "0.png", data / "none.png", data / "other"]
+    options = ["--weights", data / "good.safetensors", "--output", data / "out", "--json"]
+    status, out, errors = call(segment, *photos, *options)
     assert status == 1 and [line.split(": ")[1] for line in errors] == [
         str(photos[0]),
         str(photos[2]),
@@ -744,6 +773,63 @@ def test_segmenting_continues_after_a_bad_photo(data, model, call):
         "0_mask.png",
         "0_segments.png",
     ]
+
+
+def test_nan_is_an_error_of_the_photo(data, model, train, call):
+    backbone = dinoreg.load(model)
+    torch.nn.init.constant_(backbone.norm.bias, float("nan"))
+    broken = data / "nan.safetensors"
+    segmentation.save(segmentation.Segmenter(backbone, CLASSES), broken)
+    photo, output = data / "images" / "0.png", ["--output", data / "out"]
+    status, out, (error,) = call(segment, photo, "--weights", broken, *output)
+    assert status == 1 and not out
+    assert error == f"segment: {photo}: the model returns NaN or infinity"
+    assert not os.listdir(data / "out")
+
+    dinoreg.save(backbone, broken)
+    like = ["--like", photo, data / "masks" / "0.png", "--model", broken]
+    status, out, (error,) = call(segment, photo, *like, *output)
+    assert status == 2 and error == f"segment: {photo}: the model returns NaN or infinity"
+    status, _, errors = train("--model", broken, "--steps", 2)
+    assert status == 2 and "the model returns NaN or infinity" in errors[0] and len(errors) == 11
+    assert not (data / "mine.safetensors").exists()
+
+
+def test_names_cannot_control_the_terminal(data, model, call):
+    escape = "\x1b]0;x\x07"
+    classes = {f"{i}{escape}\n": color for i, color in enumerate(CLASSES.values())}
+    segmentation.save(segmentation.Segmenter(dinoreg.load(model), classes), data / "a.safetensors")
+    photo, truth = data / f"a{escape}.png", data / "truth"
+    truth.mkdir()
+    scene(0)[0].save(photo)
+    save_mask(scene(0)[1], truth / photo.name)
+    (data / f"b{escape}.png").write_text("no image")
+    arguments = [photo, data / f"b{escape}.png", "--weights", data / "a.safetensors"]
+    status, out, errors = call(segment, *arguments, "--truth", truth, "--output", data / "out")
+    assert status == 1 and len(out.splitlines()) == 5 and len(errors) == 1
+    assert all(line.isprintable() for line in [*out.splitlines(), *errors])
+    assert len(os.listdir(data / "out")) == 2
+
+
+def test_results_never_replace_a_photo(data, model, call):
+    segmentation.save(segmentation.Segmenter(dinoreg.load(model), CLASSES), data / "a.safetensors")
+    folder = data / "images"
+    (folder / "1.png").rename(folder / "0_mask.png")
+    before = (folder / "0_mask.png").read_bytes()
+    arguments = [folder, "--weights", data / "a.safetensors", "--output", folder]
+    status, _, (error,) = call(segment, *arguments)
+    assert status == 2 and "0_mask.png: would be overwritten" in error
+    assert (folder / "0_mask.png").read_bytes() == before and len(os.listdir(folder)) == 9
+
+
+def test_pipes_are_not_images(data, train):
+    for kind in ("images", "masks"):
+        os.mkfifo(data / kind / "pipe.png")
+    (data / "masks" / "0.png").unlink()
+    os.mkfifo(data / "masks" / "0.png")
+    status, _, errors = train("--steps", 2)
+    assert status == 1 and len(errors) == 2
+    assert all("no such image file" in error for error in errors)
 
 
 def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
@@ -778,12 +864,12 @@ def test_the_script_runs_in_a_clone_that_is_not_installed(data, model):
 
 
 def test_pasted_digits_have_their_exact_mask():
-    make_digits = pytest.importorskip("make_digits")
+    digits = pytest.importorskip("digits")
     rng = np.random.default_rng(0)
     photo = Image.new("RGB", (700, 200), (255, 255, 255))
     bar = Image.new("L", (28, 28))
     bar.paste(255, (10, 4, 18, 24))
-    image, mask = make_digits.paste_digits(photo, [(bar, 7), (bar, 0), (bar, 7)], rng, columns=4)
+    image, mask = digits.paste_digits(photo, [(bar, 7), (bar, 0), (bar, 7)], rng, columns=4)
     assert image.size == mask.size == (672, 168) and set(np.unique(mask)) == {0, 1, 8}
     painted = (np.asarray(image).astype(int) != 255).any(axis=2)
     index = np.asarray(mask)
@@ -793,7 +879,7 @@ def test_pasted_digits_have_their_exact_mask():
     smallest, largest = (8 * 20 / 28**2 * side**2 for side in (126, 168))
     assert 0.95 * smallest < (index == 1).sum() < 1.05 * largest
     assert 2 * 0.95 * smallest < (index == 8).sum() < 2 * 1.05 * largest
-    assert mask.getpalette()[:6] == [0, 0, 0, *bytes.fromhex(make_digits.COLOURS[0][1:])]
+    assert mask.getpalette()[:6] == [0, 0, 0, *bytes.fromhex(digits.COLORS[0][1:])]
 
 
 @pytest.mark.skipif(
@@ -827,10 +913,14 @@ def test_segmentation_by_an_annotated_astronaut(tmp_path, call):
     assert (mask == hair).mean() < 0.15
 
     mask = np.asarray(Image.open(tmp_path / "astronaut_mask.png"))
-    truth = masks.read_mask(
-        annotated / "astronaut.png", astronaut, masks.read_classes(annotated / "astronaut.txt"), 255
+    truth = segmentation.read_mask(
+        annotated / "astronaut.png",
+        astronaut,
+        segmentation.read_classes(annotated / "astronaut.txt"),
+        255,
     )
-    scores = masks.score(
-        masks.confusion(truth, mask, 5), masks.read_classes(annotated / "astronaut.txt")
+    scores = segmentation.score(
+        segmentation.confusion(truth, mask, 5),
+        segmentation.read_classes(annotated / "astronaut.txt"),
     )
     assert scores["pixel_accuracy"] > 0.97 and scores["mean_iou"] > 0.9

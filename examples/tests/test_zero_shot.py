@@ -1,6 +1,5 @@
 """Tests of examples/zero_shot.py: `python -m pytest examples/tests/test_zero_shot.py`."""
 
-import argparse
 import functools
 import http.server
 import json
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_tiny
 from PIL import Image
 
 import dinoreg
@@ -31,7 +31,7 @@ TEXT = {
     "vocab_size": 60,
     "dim": 48,
     "num_heads": 3,
-    "num_layers": 2,
+    "depth": 2,
 }
 START, END = 58, 59  # tokens
 
@@ -49,10 +49,10 @@ def small_model() -> DinoTxt:
     with torch.no_grad():
         for i, (name, x) in enumerate(sorted(model.named_parameters())):
             if name != "logit_scale":
-                centre = 1 if x.ndim == 1 and not name.endswith("bias") else 0
+                center = 1 if x.ndim == 1 and not name.endswith("bias") else 0
                 x.copy_(
                     noise(*x.shape, seed=i) * (2 * x[0].numel() ** -0.5 if x.ndim > 1 else 0.3)
-                    + centre
+                    + center
                 )
     return model
 
@@ -162,21 +162,20 @@ def test_text_features_ignore_tokens_after_the_end():
 @torch.inference_mode()
 def test_compare_gives_cosines_of_images_and_of_patches():
     text = F.normalize(noise(4, 64, seed=5), dim=1)
-    both = [*zero_shot.compare(MODEL, [*IMAGES], text)]
+    both = [*zero_shot.compare(MODEL, text, [*IMAGES])]
     square = noise(3, 28, 28, seed=9)
-    mixed = [*zero_shot.compare(MODEL, [IMAGES[0], square, IMAGES[1]], text)]
-    assert [patches.shape for _, patches in mixed] == [(2, 3, 4), (2, 2, 4), (2, 3, 4)]
+    mixed = [*zero_shot.compare(MODEL, text, [IMAGES[0], square, IMAGES[1]])]
+    assert [cosines.shape for cosines in mixed] == [(3, 3, 4), (3, 2, 4), (3, 3, 4)]
     _, tokens = MODEL.get_visual_class_and_patch_tokens(IMAGES)
-    for i, (whole, patches) in enumerate(both):
-        assert torch.allclose(
-            whole, F.cosine_similarity(MODEL.encode_image(IMAGES[i : i + 1]), text), atol=1e-6
-        )
+    for i, cosines in enumerate(both):
+        whole, patches = cosines[0, 0], cosines[1:]
+        expected = F.cosine_similarity(MODEL.encode_image(IMAGES[i : i + 1]), text)
+        assert torch.allclose(whole, expected, atol=1e-6)
         for row, column in ((0, 0), (0, 2), (1, 1)):
             # With the half of the text features that is for patches.
             expected = F.cosine_similarity(tokens[i, row * 3 + column], text[:, 32:])
             assert torch.allclose(patches[row, column], expected, atol=1e-6)
-        for one, other in zip(both[i], mixed[2 * i]):
-            assert torch.allclose(one, other, atol=1e-6)
+        assert torch.allclose(cosines, mixed[2 * i], atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,9 +358,7 @@ def test_many_classes_are_encoded_in_batches(hub, monkeypatch):
         return encoder
 
     monkeypatch.setattr(zero_shot, "load", spy)
-    features = zero_shot.encode_classes(
-        [*prompts.values()], argparse.Namespace(device="cpu", no_cache=True)
-    )
+    features = zero_shot.encode_classes([*prompts.values()], "cpu", use_cache=False)
     assert [encoder() for encoder in encoders] == [None]  # its memory is freed
     assert (
         sum(rows for rows, _ in seen) == 300
@@ -406,9 +403,50 @@ def test_segments_of_photos(hub, call, photos, tmp_path):
         )
         with Image.open(record["picture"]) as picture:
             assert picture.width == 2 * width + 4 and picture.height > height
+    status, lines, _ = call(photos[0], *options, "--top", 1)
+    assert status == 0 and lines[1:] == [f"{records[0]['picture']} written"]
     many = [f"class {i}" for i in range(300)]
     status, _, err = call(photos[0], "--classes", *many, "--segment", "-o", output)
     assert status == 2 and "--segment takes at most 255 classes, got 300" in err
+
+
+def test_a_picture_never_replaces_a_photo(hub, call, photos):
+    photo = photos[0].rename(photos[0].with_stem("wide_classes"))
+    photos[1].rename(photos[1].with_stem("wide"))
+    before = photo.read_bytes()
+    options = ("--classes", *CLASSES, "--segment", "--resolution", 56, "-o", photo.parent)
+    status, _, err = call(photo.parent, *options)
+    assert status == 2 and "wide_classes.png: would be overwritten" in err
+    assert photo.read_bytes() == before
+
+
+def test_nan_is_an_error_of_the_photo(hub, call, photos, tmp_path):
+    path = hub.folder / "dinov2_vitl14_reg4_pretrain.pth"
+    tensors = torch.load(path)
+    tensors["norm.bias"][0] = float("nan")
+    torch.save(tensors, path)
+    options = ("--classes", *CLASSES, "--size", 28, "-o", tmp_path / "pictures")
+    for more in ((), ("--segment", "--resolution", 56)):
+        status, lines, err = call(photos[0], *options, *more)
+        assert status == 1 and not lines
+        assert err.splitlines()[-1] == f"zero_shot: {photos[0]}: the model returns NaN or infinity"
+    assert not (tmp_path / "pictures").exists()
+
+    path = hub.folder / zero_shot.FILE.format("text_encoder")
+    tensors = torch.load(path)
+    tensors["head.linear_projection.weight"][0] = float("inf")
+    torch.save(tensors, hub.cache / path.name)
+    status, lines, err = call(photos[0], *options)
+    assert status == 2 and f"{path.name}: the model returns NaN" in err
+    assert len(list((tmp_path / "cache" / "dinoreg").iterdir())) == 1  # the vectors before
+
+
+def test_class_names_cannot_control_the_terminal(hub, call, photos, tmp_path):
+    names = ["\x1b]0;x\x07", "a\x9b2Jb"]
+    options = ("--segment", "--resolution", 56, "-o", tmp_path / "pictures")
+    status, lines, _ = call(photos[0], "--classes", *names, *options)
+    assert status == 0 and all(line.isprintable() for line in lines)
+    assert "\\x1b]0;x\\x07" in "\n".join(lines)
 
 
 def test_missing_files_are_named(hub, call, photos):
@@ -434,11 +472,16 @@ def test_wrong_files_and_options_are_reported(hub, call, photos, tmp_path):
     cached = hub.cache / path.name
     assert status == 2 and f"zero_shot: {cached}: " in err and "VisionHead" in err
     cached.write_bytes(original)
+    config = dinoreg.Config(embed_dim=48, depth=1, num_heads=4, image_size=28)
+    other, binary = save_tiny(config, tmp_path / "other.safetensors"), tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\xfa")
     for arguments, message in (
         (("--classes", "a cat"), "No such file or directory: 'a cat'"),
+        (("--classes", binary), "binary.txt: 'utf-8' codec can't decode"),
         (("--classes", "a cat", "a cat"), "two or more different classes"),
         (("--classes", *CLASSES, "--templates", "a photo"), "--templates must contain {}"),
         (("--classes", *CLASSES, "--size", 30), "multiples of 14"),
+        (("--classes", *CLASSES, "--model", other), "expected a model of width 32, got 48"),
     ):
         status, lines, err = call(photos[0], *arguments)
         assert status == 2 and not lines and message in err.splitlines()[-1]
