@@ -90,11 +90,8 @@ def read_inputs(source: str, output: str) -> tuple[pa.Table, list[str]]:
     if not Path(files[0]).is_absolute():
         files = [filesystem.unstrip_protocol(file) for file in files]
     if not tables:
-        names = [file for file in files if file.encode(errors="ignore").decode() == file]
-        if skipped := len(files) - len(names):
-            dinoreg.complain(
-                f"{skipped} images skipped, as their names are not UTF-8", "embed_corpus"
-            )
+        # A name that is not UTF-8 is escaped, and then no such file: an error of that image alone.
+        names = [file.encode(errors="backslashreplace").decode() for file in files]
         return pa.table({"path": names}), []
     rows = pyarrow.dataset.dataset(tables, filesystem=filesystem)
     kinds = {field.name: str(field.type).removeprefix("large_") for field in rows.schema}

@@ -424,8 +424,10 @@ def test_names_that_are_not_utf8_and_pipes(call, tmp_path, model, output):
     assert call("uris.parquet", output, model)[0] == 1
     assert read(output)[f"{tmp_path}/images/pipe.png"]["error"] == "not a regular file"
     os.rename(os.fsencode(paths[0]), os.fsencode(tmp_path / "images") + b"/\xff.png")
-    _, stdout, (line,) = call("images", tmp_path / "other", model)
-    assert "2 images, 1 of which" in stdout and "1 images skipped" in line
+    status, stdout, _ = call("images", tmp_path / "other", model)
+    assert status == 1 and "3 images, 2 of which" in stdout
+    rows = read(tmp_path / "other")
+    assert rows[f"{tmp_path}/images/\\udcff.png"]["error"] == "No such file or directory"
 
 
 def test_features_that_are_not_finite_are_errors(call, tmp_path, output):
