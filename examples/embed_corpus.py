@@ -23,12 +23,10 @@ cluster:
 
     ray start --head                 # on one machine; all need the same Python environment
     ray start --address HEAD:6379    # on each of the others
-    RAY_ADDRESS=ray://HEAD:10001 \
-        python examples/embed_corpus.py s3://bucket/images --output s3://bucket/embeddings
+    RAY_ADDRESS=ray://HEAD:10001 python examples/embed_corpus.py s3://bucket/images -o s3://out
 
-The weights are needed on this machine only: workers get the model from Ray. If Ray reports a
-missing authentication token, set RAY_AUTH_MODE=token as well. If the connection to ray:// breaks,
-the run continues for 30 seconds: restart it after that.
+Workers get the model from Ray. If Ray reports a missing authentication token, set
+RAY_AUTH_MODE=token as well. If the connection to ray:// breaks, restart the run after 30 seconds.
 """
 
 import argparse
@@ -52,6 +50,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from pyarrow import dataset
 
 import common
 import dinoreg
@@ -74,8 +73,6 @@ def find_files(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
 def read_inputs(source: str, output: str) -> tuple[pa.Table, list[str]]:
     """The column `path` of all images, and the Parquet files that hold them, if any. What is in the
     output folder is not an input."""
-    import pyarrow.dataset
-
     filesystem, path = fsspec.url_to_fs(source)
     here, folder = fsspec.url_to_fs(output)
     if filesystem == here and folder in (path, os.path.realpath(path)):
@@ -93,7 +90,7 @@ def read_inputs(source: str, output: str) -> tuple[pa.Table, list[str]]:
         # A name that is not UTF-8 is escaped, and then no such file: an error of that image alone.
         names = [file.encode(errors="backslashreplace").decode() for file in files]
         return pa.table({"path": names}), []
-    rows = pyarrow.dataset.dataset(tables, filesystem=filesystem)
+    rows = dataset.dataset(tables, filesystem=filesystem)
     kinds = {field.name: str(field.type).removeprefix("large_") for field in rows.schema}
     if kinds.get("uri") != "string" or kinds.get("bytes", "binary") != "binary":
         text = "Parquet files need a column `uri` of strings; `bytes`, if any, must be binary"
@@ -128,26 +125,29 @@ def read_output(folder: str, columns: list[str]) -> tuple[dict, pa.Table]:
     return settings[0], pa.concat_tables(tables)
 
 
-def output_schema(model: dinoreg.DinoVisionTransformer, args: argparse.Namespace) -> pa.Schema:
-    """The columns of the output; the metadata tell which model embedded the images, and how."""
-    settings = {"fingerprint": args.fingerprint, "size": model.transform.size}
+def plan(paths: pa.Table, model, args: argparse.Namespace, device: str):
+    """The schema of the output, whose metadata tell how images are embedded, and the paths that are
+    not in it yet. Sets the options that depend on the device."""
+    args.device = args.device or device
+    on_gpu = torch.device(args.device).type == "cuda"
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.batch_size = args.batch_size or (256 if on_gpu else 16)
+
+    settings = {"fingerprint": args.fingerprint, "size": [*model.transform.size]}
     settings |= {"dtype": args.dtype, "tokens": args.tokens}
     columns = {"path": pa.string(), "embedding": pa.list_(pa.float16(), model.embed_dim)}
     if args.tokens == "patches":
         shape = (*model.to_grid(*model.transform.size), model.embed_dim)
         columns["patches"] = pa.fixed_shape_tensor(pa.float16(), shape)
     columns |= {"width": pa.int32(), "height": pa.int32(), "error": pa.string()}
-    names = {"dinoreg": json.dumps(settings), "model": Path(args.model).name}
-    return pa.schema(columns.items(), names)
+    metadata = {"dinoreg": json.dumps(settings), "model": Path(args.model).name}
 
-
-def plan(paths: pa.Table, model, args: argparse.Namespace) -> tuple[pa.Schema, pa.Table]:
-    """The schema of the output and the paths that are not in it yet."""
-    schema, (settings, done) = output_schema(model, args), read_output(args.output, ["path"])
-    if settings not in ({}, json.loads(schema.metadata[b"dinoreg"])):
+    earlier, done = read_output(args.output, ["path"])
+    if earlier not in ({}, settings):
         other = "other weights, another transform, --size, --dtype or --tokens"
         raise ValueError(f"{args.output}: made with {other}; give another folder")
-    return schema, paths.filter(pc.invert(pc.is_in(paths["path"], done["path"])))
+    todo = paths.filter(pc.invert(pc.is_in(paths["path"], done["path"])))
+    return pa.schema(columns.items(), metadata), todo
 
 
 # From paths to rows of the output, with and without Ray -------------------------------------------
@@ -163,20 +163,17 @@ def decode(path: str, file: bytes | None, transform: dinoreg.Transform) -> dict:
     others are None. Without a file it is read from the path."""
     row = {"path": path, "width": None, "height": None, "error": None, "pixels": None}
     try:
-        file = read_file(path) if file is None else file
+        if file is None:
+            filesystem, name = fsspec.url_to_fs(path)
+            if "file" in filesystem.protocol and os.path.exists(name) and not os.path.isfile(name):
+                raise OSError("not a regular file")  # reading a pipe would wait forever
+            file = filesystem.cat_file(name)
         pixels = dinoreg.preprocess(file, normalized=False, transform=transform).numpy()
         width, height = Image.open(io.BytesIO(file)).size
         return row | {"width": width, "height": height, "pixels": pixels}
     except Exception as error:  # each storage has its own
         # PIL calls the file <_io.BytesIO ...>.
         return row | {"error": re.sub(" <_io[^>]*>", "", dinoreg.reason(error))}
-
-
-def read_file(uri: str) -> bytes:
-    filesystem, path = fsspec.url_to_fs(uri)
-    if "file" in filesystem.protocol and os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("not a regular file")  # reading a pipe would wait forever
-    return filesystem.cat_file(path)
 
 
 def to_table(rows: list[dict], transform: dinoreg.Transform) -> pa.Table:
@@ -203,21 +200,19 @@ def embed(rows: pa.Table, model: dinoreg.DinoVisionTransformer, tokens: str) -> 
     pixels = pixels.to(model.pos_embed.device).unflatten(0, (-1, 3, *model.transform.size))
     x = dinoreg.normalize(pixels, model.transform)
     if tokens == "cls":
-        outputs = {"embedding": features.embed(model, x)}
+        outputs = [features.embed(model, x)]
     else:
         part = model.forward_features(x)
-        outputs = {"embedding": part["x_norm_clstoken"]}
-        outputs["patches"] = part["x_norm_patchtokens"].flatten(1)
-    columns = {name: values.half().cpu().numpy() for name, values in outputs.items()}
+        outputs = [part["x_norm_clstoken"], part["x_norm_patchtokens"].flatten(1)]
+    columns = [values.half().cpu().numpy() for values in outputs]
 
     # An image of which the model returns NaN or infinity has an error instead.
-    finite = np.logical_and.reduce([np.isfinite(x).all(axis=1) for x in columns.values()])
+    finite = np.logical_and.reduce([np.isfinite(x).all(axis=1) for x in columns])
     errors = rows["error"].to_numpy().copy()
     errors[np.flatnonzero(rows["error"].is_null())[~finite]] = "the model returns NaN or infinity"
-    rows = rows.drop_columns(["pixels", "error"]).append_column(
-        "error", pa.array(errors, pa.string())
-    )
-    for name, values in columns.items():
+    errors = pa.array(errors, pa.string())
+    rows = rows.drop_columns(["pixels", "error"]).append_column("error", errors)
+    for name, values in zip(("embedding", "patches"), columns):
         rows = append(rows, name, values[finite])
     return rows
 
@@ -240,20 +235,11 @@ def write(rows: pa.Table, folder: str, schema: pa.Schema) -> pa.Table:
 # The two ways to run ------------------------------------------------------------------------------
 
 
-def choose_defaults(args: argparse.Namespace, device: str) -> None:
-    args.device = args.device or device
-    on_gpu = torch.device(args.device).type == "cuda"
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    args.batch_size = args.batch_size or (256 if on_gpu else 16)
-
-
 def read_bytes(files: list[str], todo: pa.Table) -> Iterator[tuple[str, bytes]]:
     """The paths of todo that are in Parquet files, each with its image file."""
-    import pyarrow.dataset
-
     storage, _ = fsspec.url_to_fs(files[0])
     sources = [fsspec.url_to_fs(file)[1] for file in files]
-    tables = pyarrow.dataset.dataset(sources, filesystem=storage)
+    tables = dataset.dataset(sources, filesystem=storage)
     for batch in tables.to_batches(["uri", "bytes"], batch_size=BLOCK):
         rows = select(pa.table(batch.columns, ["path", "bytes"]), todo)
         yield from zip(rows["path"].to_pylist(), rows["bytes"].to_pylist())
@@ -263,8 +249,7 @@ def run_here(paths: pa.Table, files: list[str], model, args: argparse.Namespace)
     """Embed what is not done in a loop; threads read the next batch while the model computes."""
     from tqdm import tqdm
 
-    choose_defaults(args, dinoreg.best_device())
-    schema, todo = plan(paths, model, args)
+    schema, todo = plan(paths, model, args, dinoreg.best_device())
     torch.set_num_threads(args.threads or torch.get_num_threads())
     model = model.to(args.device, getattr(torch, args.dtype))
 
@@ -297,8 +282,7 @@ def run_on_ray(paths: pa.Table, files: list[str], model, args: argparse.Namespac
         ray.init(runtime_env={"py_modules": modules}, log_to_driver=False)
         resources = ray.cluster_resources()
         args.cpus, args.gpus = (int(resources.get(kind, 0)) for kind in ("CPU", "GPU"))
-        choose_defaults(args, "cuda" if args.gpus else "cpu")
-        schema, todo = plan(paths, model, args)
+        schema, todo = plan(paths, model, args, "cuda" if args.gpus else "cpu")
         if not len(todo):
             return
         if ray.util.client.ray.is_connected():
@@ -330,6 +314,9 @@ def run_pipeline(todo: pa.Table, files: list[str], model, schema: pa.Schema, arg
         raise ValueError(f"the cluster needs 2 CPUs or more, it has {args.cpus}; {args.gpus} GPUs")
     todo_there, model_there, transform = ray.put(todo), ray.put(model), model.transform
 
+    def keep(rows: pa.Table) -> pa.Table:
+        return select(rows, ray.get(todo_there))
+
     def preprocess(rows: pa.Table) -> pa.Table:
         paths = rows["path"].to_pylist()
         images = rows["bytes"].to_pylist() if files else [None] * len(paths)
@@ -352,9 +339,7 @@ def run_pipeline(todo: pa.Table, files: list[str], model, schema: pa.Schema, arg
     if files:
         rows = ray.data.read_parquet(files, num_cpus=of_task["num_cpus"])
         rows = rows.select_columns(["uri", "bytes"]).rename_columns({"uri": "path"})
-        rows = rows.map_batches(
-            lambda rows: select(rows, ray.get(todo_there)), batch_size=None, **of_task
-        )
+        rows = rows.map_batches(keep, batch_size=None, **of_task)
     else:
         blocks = [todo.slice(start, BLOCK) for start in range(0, len(todo), BLOCK)]
         rows = ray.data.from_arrow(blocks)

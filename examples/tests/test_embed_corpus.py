@@ -164,7 +164,7 @@ def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(
     before = modification_times(output)
 
     with monkeypatch.context() as patches:  # nothing to do: no image is read, no model runs
-        patches.setattr(embed_corpus, "read_file", lambda path: pytest.fail(path))
+        patches.setattr(embed_corpus, "decode", lambda path, *_: pytest.fail(path))
         assert call("images", output, model)[:2] == (
             1,
             f"{output}: 119 images, 2 of which could not be read\n",
