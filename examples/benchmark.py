@@ -3,8 +3,8 @@
     pip install -e ".[examples,parity]"
     python -c "import torch; \
         torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg', pretrained=False)"
-    # all parts but corpus; or some: forward start ...
-    python examples/benchmark.py > examples/benchmark.md
+    python examples/benchmark.py > examples/benchmark.md    # all parts but corpus; or some:
+    python examples/benchmark.py sizes forward
 
 All sides have the same random weights, and run once in each turn, in random order; short runs are
 repeated for half a second, and the fastest counts. Figures are medians over the turns, ratios are
@@ -19,6 +19,7 @@ import inspect
 import itertools
 import random
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -34,11 +35,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import convert_weights
 import dinoreg
 import export
+import features
 from dinoreg import CONFIGS, Config, DinoVisionTransformer, LinearClassifier
 
 HERE = Path(__file__).parent
@@ -46,6 +50,8 @@ PHOTOS = sorted(HERE.glob("images/*.jpg"))
 # torch.hub's clone of the official code.
 OFFICIAL = Path(torch.hub.get_dir(), "facebookresearch_dinov2_main")
 PYTHON, SECONDS = [sys.executable, "-c"], 0.5  # for which short runs are repeated
+FOLDERS = [(16, 4000, 3000), (32, 500, 375)]  # photos, width, height
+SIDES = (224, 518)  # pixels, of the images of `sizes`
 
 
 def seconds_of(run: Callable) -> list[float]:
@@ -80,44 +86,39 @@ sys.exit(result.returncode)
 
 
 @torch.inference_mode()
-def compare(
-    runs: dict, turns: int, seconds: float = 0, measure: Callable = seconds_of
-) -> dict[str, list[float]]:
+def compare(runs: dict, turns: int, seconds: float = 0, measure: Callable = seconds_of) -> dict:
     """For each run: its time as a ratio to that of the first run, and the medians of the numbers
     that `measure` returns.
     """
-    results, start = {name: [] for name in runs}, time.perf_counter()
+    results = {name: [] for name in runs}
+    start = time.perf_counter()
     for turn in itertools.count():  # the first one warms up
         for name, run in random.sample(list(runs.items()), len(runs)):
             results[name].append(measure(run))
         if turn >= turns and time.perf_counter() - start > seconds:
             break
-    first = next(iter(results.values()))
-    columns = {
-        name: ([a[0] / b[0] for a, b in zip(rows, first)], *zip(*rows))
-        for name, rows in results.items()
-    }
-    return {name: [statistics.median(column[1:]) for column in columns[name]] for name in runs}
+    first, medians = next(iter(results.values())), {}
+    for name, rows in results.items():
+        columns = [[a[0] / b[0] for a, b in zip(rows, first)], *zip(*rows)]
+        medians[name] = [statistics.median(column[1:]) for column in columns]
+    return medians
 
 
 def cells(compared: dict[str, list[float]], count: int = 1) -> dict[str, str]:
-    """Milliseconds for each of so many images, and in brackets the ratio."""
-    return {
-        name: f"{1000 * seconds / count:.1f} ({ratio:.2f})"
-        for name, (ratio, seconds) in compared.items()
-    }
+    """Milliseconds for each of `count` images, and in brackets the ratio."""
+    return {name: f"{1000 * x / count:.1f} ({ratio:.2f})" for name, (ratio, x) in compared.items()}
 
 
 @torch.inference_mode()
 def cosines_of(runs: dict[str, Callable]) -> dict[str, float]:
     """The lowest cosine of the features (B, D) of each run to those of the first; a RuntimeError if
-    one is below 0.999.
+    one is below 0.999, or 0.99 for int8.
     """
     first = next(iter(runs.values()))().float()
-    cosines = {
-        name: F.cosine_similarity(run().float(), first).min().item() for name, run in runs.items()
-    }
-    if not all(cosine > 0.999 for cosine in cosines.values()):
+    cosines = {}
+    for name, run in runs.items():
+        cosines[name] = F.cosine_similarity(run().float(), first).min().item()
+    if not all(cosine > (0.99 if "int8" in name else 0.999) for name, cosine in cosines.items()):
         raise RuntimeError(f"the features differ, with cosines of {cosines}")
     return cosines
 
@@ -127,15 +128,8 @@ def optional(library: str):
     return importlib.import_module(library) if find_spec(library) else None
 
 
-def random_model(args: argparse.Namespace, name: str) -> DinoVisionTransformer:
-    dtype = torch.float32 if torch.device(args.device).type == "cpu" else torch.bfloat16
-    return DinoVisionTransformer(CONFIGS[name]).to(args.device, dtype).eval()
-
-
 def save_crops(folder: Path, count: int) -> Path:
-    """The folder, with so many random crops of 256 x 256 pixels of the photographs as JPEG
-    files.
-    """
+    """The folder, with `count` random crops of the photographs: JPEG, 256 x 256 pixels."""
     photos = [Image.open(photo).convert("RGB") for photo in PHOTOS]
     for i, photo in zip(range(count), itertools.cycle(photos)):
         left, top = random.randrange(photo.width - 256), random.randrange(photo.height - 256)
@@ -143,20 +137,17 @@ def save_crops(folder: Path, count: int) -> Path:
     return folder
 
 
-def forward(
-    args: argparse.Namespace, temp: Path, name: str, size: int, batch: int
-) -> Iterator[dict]:
+def forward(args: argparse.Namespace, temp: Path, name: str, size: int, batch: int) -> Iterator:
     """Forward pass, milliseconds per image, float32 on a CPU and bfloat16 elsewhere; in brackets
     the ratio to dinoreg: above 1, dinoreg is faster. All tokens are computed and normalized, except
-    that `embed`, of common.py, computes the last block for the CLS token only. `matrix products`
+    that `embed`, of features.py, computes the last block for the CLS token only. `matrix products`
     runs those of the linear layers and nothing else; GFLOP/s is their rate.
     """
-    model = random_model(args, name)
+    dtype = torch.float32 if torch.device(args.device).type == "cpu" else torch.bfloat16
+    model = DinoVisionTransformer(CONFIGS[name]).to(args.device, dtype).eval()
     images = torch.randn(batch, 3, size, size).to(model.pos_embed)
-    runs = {
-        "dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"],
-        "embed": lambda: common.embed(model, images),
-    }
+    runs = {"dinoreg": lambda: model.forward_features(images)["x_norm_clstoken"]}
+    runs["embed"] = lambda: features.embed(model, images)
     if OFFICIAL.is_dir():
         official = torch.hub.load(str(OFFICIAL), f"dinov2_{name}", source="local", pretrained=False)
         official.load_state_dict(model.state_dict())
@@ -168,77 +159,58 @@ def forward(
         runs["transformers"] = lambda: hf(images).last_hidden_state[:, 0]
     if timm := optional("timm"):
         letter = {"s": "small", "b": "base", "l": "large", "g": "giant"}[name[3]]
-        other = timm.create_model(
-            f"vit_{letter}_patch14_reg4_dinov2", num_classes=0, dynamic_img_size=True
-        )
+        arch = f"vit_{letter}_patch14_reg4_dinov2"
+        other = timm.create_model(arch, num_classes=0, dynamic_img_size=True)
         other.load_state_dict(convert_weights.from_official(model, "timm"))
         other.to(images).eval()
         runs["timm"] = lambda: other.forward_features(images)[:, 0]
     cosines_of(runs)
+    weights = [x.weight.detach().T for x in model.modules() if isinstance(x, torch.nn.Linear)]
+    widths = {width for weight in weights for width in weight.shape}
     tokens = batch * (1 + model.num_register_tokens + (size // model.patch_size) ** 2)
-    weights = [
-        layer.weight.detach().T for layer in model.modules() if isinstance(layer, torch.nn.Linear)
-    ]
-    x, y = (
-        {width: torch.randn(tokens, width).to(images) for w in weights for width in w.shape}
-        for _ in range(2)
-    )
-    runs["matrix products"] = lambda: [
-        torch.mm(x[w.shape[0]], w, out=y[w.shape[1]]) for w in weights
-    ]
+    x, y = ({i: torch.randn(tokens, i).to(images) for i in widths} for _ in range(2))
+    runs["matrix products"] = lambda: [torch.mm(x[len(w)], w, out=y[len(w.T)]) for w in weights]
     compared = compare(runs, args.turns, args.seconds)
     rate = 2 * tokens * sum(weight.numel() for weight in weights) / compared["matrix products"][1]
-    yield {
-        "model": name,
-        "pixels": size,
-        "batch": batch,
-        **cells(compared, batch),
-        "GFLOP/s": f"{rate / 1e9:.0f}",
-    }
+    row = {"model": name, "pixels": size, "batch": batch, **cells(compared, batch)}
+    yield {**row, "GFLOP/s": f"{rate / 1e9:.0f}"}
 
 
-def engines(
-    args: argparse.Namespace, temp: Path, name: str, size: int, batch: int
-) -> Iterator[dict]:
+def package(model: DinoVisionTransformer, path: Path, to: str, images: Tensor) -> Callable:
+    """Export a model; what runs the result on images."""
+    export.write(model, torch.cat([images, images]) if to == "onnx" else images, path, to)
+    return partial(export.read(path, to), images)
+
+
+def engines(args: argparse.Namespace, temp: Path, name: str, size: int, batch: int) -> Iterator:
     """Ways to compute the CLS token, milliseconds per image; in brackets the ratio to float32
     (below 1: faster), and the lowest cosine of a token to it. `compile` is `torch.compile(model)`;
-    AOTInductor runs a package of export.py, onnxruntime and openvino its ONNX file (`default`:
-    openvino's choice of precision).
+    AOTInductor runs a package of export.py, int8 one with quantized layers, onnxruntime and
+    openvino its ONNX file (`default`: openvino's choice of precision).
     """
     on_cpu, has_compiler = torch.device(args.device).type == "cpu", shutil.which("c++")
     model = DinoVisionTransformer(CONFIGS[name]).eval()
     model.fix_image_size(size, size)
-    images, graph, runs = (
-        torch.randn(batch, 3, size, size, device=args.device),
-        temp / "model.onnx",
-        {},
-    )
+    images = torch.randn(batch, 3, size, size, device=args.device)
     torch.compiler.reset()
+    runs = {}
     for dtype in ("float32", "bfloat16"):
-        cast, package = (
-            copy.deepcopy(model).to(args.device, getattr(torch, dtype)),
-            temp / f"{dtype}.pt2",
-        )
+        cast = copy.deepcopy(model).to(args.device, getattr(torch, dtype))
         runs[dtype] = partial(cast, images)
         if has_compiler or not on_cpu:
             runs[f"compile, {dtype}"] = partial(torch.compile(cast), images)
         if has_compiler and on_cpu:
-            export.write(cast, images, package, "aoti")
-            runs[f"AOTInductor, {dtype}"] = partial(export.read(package, "aoti"), images)
+            runs[f"AOTInductor, {dtype}"] = package(cast, temp / f"{dtype}.pt2", "aoti", images)
+    if on_cpu and has_compiler and find_spec("torchao"):
+        runs["AOTInductor, int8"] = package(model, temp / "int8.pt2", "int8", images)
     if on_cpu and find_spec("onnxruntime") and find_spec("onnxscript"):
-        export.write(model, torch.randn(2, 3, size, size), graph, "onnx")
-        runs["onnxruntime"] = partial(export.read(graph, "onnx"), images)
+        runs["onnxruntime"] = package(model, temp / "model.onnx", "onnx", images)
         if openvino := optional("openvino"):
-            for label, precision in (
-                ("float32", {"INFERENCE_PRECISION_HINT": "f32"}),
-                ("default", {}),
-            ):
-                run = openvino.compile_model(
-                    graph, "CPU", {**precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-                )
-                runs[f"openvino, {label}"] = lambda run=run: torch.from_numpy(
-                    run(images.numpy())[0]
-                )
+            options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            float32 = {**options, "INFERENCE_PRECISION_HINT": "f32"}
+            for kind, chosen in (("float32", float32), ("default", options)):
+                run = openvino.compile_model(temp / "model.onnx", "CPU", chosen)
+                runs[f"openvino, {kind}"] = lambda run=run: torch.from_numpy(run(images.numpy())[0])
     cosines, compared = cosines_of(runs), cells(compare(runs, args.turns, args.seconds), batch)
     row = {run: f"{cell[:-1]}, {cosines[run]:.5f})" for run, cell in compared.items()}
     yield {"model": name, "pixels": size, "batch": batch, **row}
@@ -275,57 +247,30 @@ def start(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
     model = LinearClassifier(DinoVisionTransformer(Config()), num_classes=1000)
     # timm's heads are on the CLS token only.
     model.linear_head.weight.data[:, model.backbone.embed_dim :] = 0
-    dinoreg.save(model, temp / "dinoreg.safetensors")
-    runs = {
-        "dinoreg": [
-            sys.executable,
-            "dinoreg.py",
-            PHOTOS[0],
-            "--weights",
-            temp / "dinoreg.safetensors",
-        ]
-    }
+    dinoreg.save(model, weights := temp / "dinoreg.safetensors")
+    runs = {"dinoreg": [sys.executable, "dinoreg.py", PHOTOS[0], "--model", weights]}
     runs["import torch"] = [*PYTHON, "import torch"]
-    formats = [
-        ("official", "official", ".pth"),
-        ("transformers", "hf", ""),
-        ("timm", "timm", ".safetensors"),
-    ]
-    for library, dialect, suffix in formats:
-        if (
-            OFFICIAL.is_dir() and find_spec("torchvision")
-            if library == "official"
-            else find_spec(library)
-        ):
-            convert_weights.write(model, weights := temp / f"{library}{suffix}", dialect)
-            runs[library] = [*PYTHON, CLASSIFY, library, weights, PHOTOS[0], OFFICIAL]
-    compared = compare(
-        runs, args.turns, measure=lambda command: numbers_of([*PYTHON, PARENT, *command])
-    )
+    files = {"transformers": "hf", "timm": "timm.safetensors"}
+    files = {library: file for library, file in files.items() if find_spec(library)}
+    if OFFICIAL.is_dir() and find_spec("torchvision"):
+        files["official"] = "official.pth"
+    for library, file in files.items():
+        convert_weights.write(model, temp / file, file.partition(".")[0])
+        runs[library] = [*PYTHON, CLASSIFY, library, temp / file, PHOTOS[0], OFFICIAL]
+    compared = compare(runs, args.turns, measure=lambda run: numbers_of([*PYTHON, PARENT, *run]))
     for name, (ratio, seconds, megabytes) in compared.items():
-        yield {
-            "process": name,
-            "seconds": f"{seconds:.2f}",
-            "ratio": f"{ratio:.2f}",
-            "peak MB": f"{megabytes:.0f}",
-        }
+        row = {"process": name, "seconds": f"{seconds:.2f}", "ratio": f"{ratio:.2f}"}
+        yield {**row, "peak MB": f"{megabytes:.0f}"}
 
 
-FOLDERS = [(16, 4000, 3000), (32, 500, 375)]  # photos, width, height
-
-
-def folder(
-    args: argparse.Namespace, temp: Path, count: int, width: int, height: int
-) -> Iterator[dict]:
+def folder(args: argparse.Namespace, temp: Path, count: int, width: int, height: int) -> Iterator:
     """A folder of JPEG photographs, read and classified by ViT-S/14 with registers: milliseconds
     per image, and in brackets the ratio to dinoreg. `--fast` decodes at reduced size, though not
     below that of the model's input (its choice of a dtype is not part of this). `forward` is the
     model alone, `decode` reading alone on one core.
     """
-    model, images = (
-        LinearClassifier(DinoVisionTransformer(CONFIGS["vits14_reg"]), 1000).eval(),
-        torch.randn(8, 3, 224, 224),
-    )
+    model = LinearClassifier(DinoVisionTransformer(CONFIGS["vits14_reg"]), 1000).eval()
+    images = torch.randn(8, 3, 224, 224)
     model.backbone.fix_image_size(224, 224)
     paths = [str(temp / f"{i}.jpg") for i in range(count)]
     for i, path in enumerate(paths):
@@ -340,10 +285,8 @@ def folder(
         convert_weights.write(model, temp / "hf", "hf")
         pipe = transformers.pipeline("image-classification", model=str(temp / "hf"))
         runs["transformers pipeline"] = lambda: list(pipe(paths, batch_size=8))
-    yield {
-        "JPEG files": f"{count} of {width} x {height}",
-        **cells(compare(runs, args.turns), count),
-    }
+    compared = cells(compare(runs, args.turns), count)
+    yield {"JPEG files": f"{count} of {width} x {height}", **compared}
 
 
 @torch.inference_mode()
@@ -355,35 +298,21 @@ def fast(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
     for photo, size in itertools.product(PHOTOS, (98, 140, 224)):
         full, reduced = (dinoreg.preprocess(photo, size, fast=flag)[None] for flag in (False, True))
         with Image.open(photo) as image:
-            pixels = "{} x {}".format(*image.size)
+            row = {"photo": photo.name, "pixels": "{} x {}".format(*image.size)}
             image.draft("RGB", (size * 8 // 7,) * 2)
-            row = {
-                "photo": photo.name,
-                "pixels": pixels,
-                "decoded at": "{} x {}".format(*image.size),
-                "seen at": size,
-            }
-        for label, features in (
-            ("reduced size", model(reduced)),
-            ("bfloat16", half(full).float()),
-        ):
-            row[f"cosine, {label}"] = f"{F.cosine_similarity(model(full), features).item():.5f}"
+            row |= {"decoded at": "{} x {}".format(*image.size), "seen at": size}
+        expected = model(full)
+        for kind, x in {"reduced size": model(reduced), "bfloat16": half(full).float()}.items():
+            row[f"cosine, {kind}"] = f"{F.cosine_similarity(expected, x).item():.5f}"
         yield row
     random.seed(0)
-    crops, nearest = (
-        torch.stack([dinoreg.preprocess(path) for path in save_crops(temp, 96).iterdir()]),
-        [],
-    )
+    crops = torch.stack([dinoreg.preprocess(path) for path in save_crops(temp, 96).iterdir()])
+    nearest = []
     for version in (model, half):
-        features = F.normalize(
-            torch.cat([version(batch).float() for batch in crops.split(16)]), dim=1
-        )
-        nearest.append((features @ features.T).fill_diagonal_(-1).argmax(dim=1))
-    same = (nearest[0] == nearest[1]).sum()
-    print(
-        f"\nOf {len(crops)} random crops of these photos, "
-        f"{same} have the same nearest neighbour in float32 and bfloat16."
-    )
+        x = F.normalize(torch.cat([version(batch).float() for batch in crops.split(16)]), dim=1)
+        nearest.append((x @ x.T).fill_diagonal_(-1).argmax(dim=1))
+    same = f"{(nearest[0] == nearest[1]).sum()} of {len(crops)} random crops of these photos"
+    print(f"\n{same} have the same nearest neighbor in float32 and bfloat16.")
     print(f"`best_dtype({args.device!r})` is {dinoreg.best_dtype(args.device)} here.")
 
 
@@ -410,17 +339,13 @@ def memory(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
     that; in other programs, such as these measurements, MALLOC_MMAP_MAX_=0 and
     MALLOC_TRIM_THRESHOLD_=1073741824 in the environment do.
     """
-    build, runs = (
-        "model, images = DinoVisionTransformer(Config()).eval(), torch.randn({}, 3, {}, {})",
-        {},
-    )
-    for batch, size in zip(
-        (*[1] * 6, 2, 4, 8, 16, 32, 64), (224, 378, 518, 700, 868, 1036, *[224] * 6)
-    ):
-        runs[f"forward, {batch} x {size} x {size}"] = (
-            build.format(batch, size, size),
-            "model.forward_features(images)",
-        )
+    build = "model, images = DinoVisionTransformer(Config()).eval(), torch.randn({}, 3, {}, {})"
+    shapes = [(1, size) for size in (224, 378, 518, 700, 868, 1036)]
+    shapes += [(batch, 224) for batch in (2, 4, 8, 16, 32, 64)]
+    runs = {}
+    for B, size in shapes:
+        code = build.format(B, size, size), "model.forward_features(images)"
+        runs[f"forward, {B} x {size} x {size}"] = code
     dinoreg.save(DinoVisionTransformer(CONFIGS["vitg14_reg"]), temp / "x.safetensors")
     runs["load, 4.5 GB, mapped"] = ("", f"model = load('{temp}/x.safetensors', mmap=True)")
     for label, code in runs.items():
@@ -428,26 +353,43 @@ def memory(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
         yield {"": label, "seconds": f"{seconds:.2f}", "MB more": f"{megabytes:.0f}"}
 
 
+def count(config: Config) -> tuple[int, list[int]]:
+    """The parameters of a model, and the operations for an image of each of SIDES."""
+    operations = []
+    with torch.device("meta"):
+        model = DinoVisionTransformer(config).eval()
+        for side in SIDES:
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(1, 3, side, side))
+            operations.append(counter.get_total_flops())
+    return sum(parameter.numel() for parameter in model.parameters()), operations
+
+
+def sizes(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
+    """The official models: parameters, size of a file, and operations of a forward pass for one
+    image. A multiply-add counts as two; those of the patch embedding, of linear layers and of the
+    two products of attention are counted, and no others. The share of the registers is in brackets.
+    """
+    counts = {name: count(config) for name, config in CONFIGS.items()}
+    for name, (parameters, operations) in counts.items():
+        row = {"model": f"`{name}`", "parameters": f"{parameters / 1e6:,.1f} M"}
+        row["float32 file"] = f"{4 * parameters / 1e6:,.0f} MB"
+        for side, x, y in zip(SIDES, operations, counts[name.removesuffix("_reg")][1]):
+            share = f" ({1 - y / x:.1%})" if x > y else ""
+            row[f"GFLOPs at {side} (registers)"] = f"{x / 1e9:,.1f}{share}"
+        yield row
+
+
 def corpus(args: argparse.Namespace, temp: Path, count: int) -> Iterator[dict]:
     """embed_corpus.py with Ray and without, whole processes with as many threads: ViT-S/14 with
     registers at 224 pixels, batches of 16 JPEG files of 256 x 256 pixels. Images per hour are those
     with Ray.
     """
-    weights, images = (
-        temp / "model.safetensors",
-        save_crops(Path(tempfile.mkdtemp(dir=temp)), count),
-    )
+    weights = temp / "model.safetensors"
     dinoreg.save(DinoVisionTransformer(Config()), weights)
-    command = [
-        sys.executable,
-        HERE / "embed_corpus.py",
-        images,
-        "--model",
-        weights,
-        "--size",
-        224,
-        "--output",
-    ]
+    images = save_crops(Path(tempfile.mkdtemp(dir=temp)), count)
+    command = [sys.executable, HERE / "embed_corpus.py", images]
+    command += ["--model", weights, "--size", 224, "--output"]
     # By default Ray's workers have a lower priority.
     ray = ["env", "RAY_ADDRESS=local", "RAY_worker_niceness=0"]
     runs = {  # into a new folder each time, as an old one would be resumed
@@ -455,47 +397,46 @@ def corpus(args: argparse.Namespace, temp: Path, count: int) -> Iterator[dict]:
         "ray": lambda: numbers_of([*ray, *command, tempfile.mkdtemp(dir=temp)]),
     }
     (_, loop), (ratio, on_ray) = compare(runs, args.turns).values()
-    row = {
-        "images": count,
-        "plain loop, s": f"{loop:.1f}",
-        "Ray, s": f"{on_ray:.1f}",
-        "ratio": f"{ratio:.2f}",
-    }
-    yield {**row, "images per hour": f"{3600 * count / on_ray:,.0f}"}
+    row = {"images": count, "plain loop, s": f"{loop:.1f}", "Ray, s": f"{on_ray:.1f}"}
+    yield {**row, "ratio": f"{ratio:.2f}", "images per hour": f"{3600 * count / on_ray:,.0f}"}
 
+
+# The script ---------------------------------------------------------------------------------------
 
 # The docstring of a part is printed, and the rows that it yields as a table; `temp` is an empty
 # folder.
-PARTS = {part.__name__: part for part in (forward, engines, start, folder, fast, memory, corpus)}
+PARTS = {f.__name__: f for f in (sizes, forward, engines, start, folder, fast, memory, corpus)}
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor, its vector units that count here, and the versions of the libraries."""
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    processor = re.search(r"model name\s*: (.+)", info)
+    units = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
+    units = ", ".join(unit for unit in units if f" {unit} " in info)
+    name = processor[1] if processor else sys.platform
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino", "torchao", "ray")
+    versions = [f"{name} {metadata.version(name)}" for name in libraries if find_spec(name)]
+    return f"{gpu}{name} ({units}), {torch.get_num_threads()} threads; {', '.join(versions)}"
 
 
 def run(args: argparse.Namespace) -> int:
-    device, info = (
-        torch.device(args.device),
-        Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "",
-    )
-    processor = re.search(r"model name\s*: (.+)", info)
-    # The vector units that count here.
-    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {unit} " in info]
-    where = (
-        f"{processor[1] if processor else sys.platform} ({', '.join(units)}), "
-        f"{torch.get_num_threads()} threads"
-    )
+    if unknown := set(args.parts) - set(PARTS):
+        raise ValueError(f"no such part: {', '.join(unknown)}")
+    if any(side % 14 for side in args.pixels):
+        raise ValueError("--pixels must be multiples of 14, the patch size")
+    device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the one that `synchronize` waits for
-        where = f"{torch.cuda.get_device_name()}; {where}"
-    libraries = ("torch", "transformers", "timm", "onnxruntime", "openvino", "ray")
-    versions = (f"{name} {metadata.version(name)}" for name in libraries if find_spec(name))
-    print(f"# Benchmark\n\n{where}; {', '.join(versions)}. Written by\n")
-    print(
-        f"    python examples/benchmark.py {' '.join(args.argv)}\n\n"
-        "whose docstring says how it measures."
-    )
+    print(f"# Benchmark\n\n{describe_machine(device)}. Written by\n")
+    print(f"    python examples/benchmark.py {shlex.join(sys.argv[1:])}\n")
+    print("whose docstring says how it measures.")
     grid = list(itertools.product(args.models, args.pixels, args.batches))
-    cases = {"forward": grid, "engines": grid, "folder": FOLDERS}
-    cases["corpus"] = [(count,) for count in args.images]
+    corpora = [(count,) for count in args.images]
+    cases = {"forward": grid, "engines": grid, "folder": FOLDERS, "corpus": corpora}
     for name in args.parts or ([*PARTS][:-1] if device.type == "cpu" else ["forward", "engines"]):
-        print(f"\n## {name}\n\n{inspect.getdoc(PARTS[name])}\n")
+        print(f"\n## {name}\n\n{inspect.getdoc(PARTS[name]) or ''}\n")
         with tempfile.TemporaryDirectory() as temp:
             tables = (
                 PARTS[name](args, Path(tempfile.mkdtemp(dir=temp)), *case)
@@ -508,73 +449,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, "(default: %(default)s)"
+    text = f"any of {', '.join(PARTS)} (default: all but corpus)"
+    add("parts", nargs="*", metavar="PART", help=text)
+    add("--turns", type=common.positive, default=5, help=f"turns that are measured {default}")
+    common.add_device(parser)
+    names = [name for name in CONFIGS if name.endswith("_reg")]
+    text = f"for forward and engines {default}"
+    add("--models", nargs="+", choices=names, default=names[:2], help=text)
+    add("--pixels", nargs="+", type=common.positive, default=[224, 518], help=text)
+    add("--batches", nargs="+", type=common.positive, default=[1, 8], help=text)
+    text = f"per row of forward and engines, at least {default}"
+    add("--seconds", type=float, default=60, help=text)
+    text = f"for fast: a backbone's trained weights {default}"
+    add("--weights", default="vits14", metavar="FILE", help=text)
+    text = f"for corpus {default}"
+    add("--images", nargs="+", type=common.positive, default=[500, 2000], help=text)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 if all went well, 2 if something is missing or fails."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add, names = parser.add_argument, [name for name in CONFIGS if name.endswith("_reg")]
-    add(
-        "parts",
-        nargs="*",
-        metavar="PART",
-        help=f"any of {', '.join(PARTS)} (default: all but corpus)",
-    )
-    add(
-        "--turns",
-        type=int,
-        default=5,
-        help="turns that are measured, at least (default: %(default)s)",
-    )
-    common.add_device(parser)
-    add(
-        "--models",
-        nargs="+",
-        choices=names,
-        default=names[:2],
-        help="for forward and engines (default: %(default)s)",
-    )
-    add(
-        "--pixels",
-        nargs="+",
-        type=int,
-        default=[224, 518],
-        help="for forward and engines (default: %(default)s)",
-    )
-    add(
-        "--batches",
-        nargs="+",
-        type=int,
-        default=[1, 8],
-        help="for forward and engines (default: %(default)s)",
-    )
-    add(
-        "--seconds",
-        type=float,
-        default=60,
-        help="per row of forward and engines, at least (default: %(default)s)",
-    )
-    add(
-        "--weights",
-        default="vits14",
-        metavar="FILE",
-        help="for fast: a backbone's trained weights (default: %(default)s)",
-    )
-    add(
-        "--images",
-        nargs="+",
-        type=int,
-        default=[500, 2000],
-        help="for corpus: numbers of images (default: %(default)s)",
-    )
-    args = parser.parse_args(argv, argparse.Namespace(argv=sys.argv[1:] if argv is None else argv))
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    if min(args.turns, *args.batches, *args.images, *args.pixels) < 1 or any(
-        side % 14 for side in args.pixels
-    ):
-        parser.error(
-            "--turns, --batches and --images must be at least 1, and --pixels multiples of 14"
-        )
-    return common.run(run, args)
+    return common.main(run, add_options, argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -27,10 +28,8 @@ def run(capsys):
     """
 
     def run(*args) -> tuple[str, list[list[str]]]:
-        assert (
-            benchmark.main([*map(str, args), "--device", "cpu", "--seconds", "0", "--turns", "1"])
-            == 0
-        )
+        options = ["--device", "cpu", "--seconds", "0", "--turns", "1"]
+        assert benchmark.main([*map(str, args), *options]) == 0
         out = capsys.readouterr().out
         return out, table_rows(out)
 
@@ -76,6 +75,8 @@ def test_different_features_are_an_error():
     for wrong in (-x, x + x.flip(1), x * float("nan")):
         with pytest.raises(RuntimeError, match="the features differ"):
             benchmark.cosines_of({"a": lambda: x, "b": lambda wrong=wrong: wrong})
+    near = x + 0.1 * x.flip(1) * torch.tensor([1.0, -1.0]).repeat(4)  # orthogonal: cosine 0.995
+    assert benchmark.cosines_of({"a": lambda: x, "int8": lambda: near})["int8"] < 0.999
 
 
 def test_failing_processes_are_an_error():
@@ -120,13 +121,15 @@ def test_benchmark_of_engines(run, small, monkeypatch):
             for engine in ("compile", "AOTInductor")
             for dtype in ("float32", "bfloat16")
         }
+        expected |= {"AOTInductor, int8"} if find_spec("torchao") else set()
     if find_spec("onnxruntime") and find_spec("onnxscript"):
         expected |= {"onnxruntime"}
         expected |= {"openvino, float32", "openvino, default"} if find_spec("openvino") else set()
     assert set(header[3:]) == expected and len(header) == len(row)
-    for cell in row[3:]:
+    for name, cell in zip(header[3:], row[3:]):
         milliseconds, ratio, cosine = re.fullmatch(r"(.+) \((.+), (.+)\)", cell).groups()
-        assert float(milliseconds) >= 0 and float(ratio) > 0 and 0.999 < float(cosine) < 1.001
+        assert float(milliseconds) >= 0 and float(ratio) > 0
+        assert (0.99 if "int8" in name else 0.999) < float(cosine) < 1.001
     assert row[3].endswith("(1.00, 1.00000)")
 
 
@@ -160,14 +163,49 @@ def test_benchmark_of_a_corpus(run, small, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--pixels", "225"], ["--turns", "0"], ["--batches", "0"], ["backward"]]
-)
-def test_wrong_options_are_an_error(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.main(arguments)
+@pytest.mark.parametrize("name", ["vits14", "vits14_reg", "vitg14_reg"])
+def test_operation_counts_match_a_count_by_hand(name):
+    config = replace(dinoreg.CONFIGS[name], depth=2)
+    D, hidden, matrices = config.embed_dim, config.hidden_dim, 3 if config.ffn == "swiglu" else 2
+    for side, found in zip((224, 518), benchmark.count(config)[1]):
+        patches = (side // 14) ** 2
+        N = 1 + config.num_register_tokens + patches
+        # qkv and proj, MLP; q @ k and attention @ v.
+        block = N * (4 * D * D + matrices * D * hidden) + 2 * N * N * D
+        assert found == 2 * (patches * 14 * 14 * 3 * D + config.depth * block)
+
+
+def test_the_table_of_sizes(run, monkeypatch):
+    configs = {name: dinoreg.CONFIGS[name] for name in ("vits14_reg", "vits14")}
+    monkeypatch.setattr(benchmark, "CONFIGS", configs)
+    _, (header, _, *rows) = run("sizes")
+    assert header[3:] == ["GFLOPs at 224 (registers)", "GFLOPs at 518 (registers)"]
+    assert rows == [
+        ["`vits14_reg`", "22.1 M", "88 MB", "12.5 (1.7%)", "93.8 (0.4%)"],
+        ["`vits14`", "22.1 M", "88 MB", "12.2", "93.4"],
+    ]
+
+
+@pytest.mark.parametrize("arguments", ["--pixels 225", "backward", "sizes backward"])
+def test_what_cannot_be_measured_is_one_line(arguments, capsys):
+    assert benchmark.main(arguments.split()) == 2
     out, err = capsys.readouterr()
-    assert out == "" and ": error: " in err.splitlines()[-1]
+    assert out == "" and err.startswith("benchmark: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ["--pixels 0", "--turns 0", "--batches 0", "--images 0"])
+def test_wrong_options_are_refused(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(arguments.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, HERE / "benchmark.py", "sizes"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -205,5 +243,5 @@ def test_benchmark_of_fast_decoding(run, monkeypatch):
     for _, pixels, decoded, _, reduced, bfloat16 in rows[2:]:
         assert 0.999 < float(reduced) <= 1 and (decoded != pixels or float(reduced) == 1)
         assert 0.999 < float(bfloat16) < 1
-    (same,) = re.findall(r"Of 16 random crops of these photos, (\d+) have", out)
+    (same,) = re.findall(r"(\d+) of 16 random crops of these photos have", out)
     assert 13 <= int(same) <= 16

@@ -158,7 +158,7 @@ def test_int8_packages_are_close_to_the_model(weights, tmp_path, monkeypatch, ca
     assert export.main([str(weights), *options, "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
     cosine = float(out.partition("lowest cosine: ")[2].split()[0])
-    assert 0.99 < cosine < 0.99999  # close, but not equal
+    assert 0.99 < cosine < 1  # close, but not equal
     assert "images (2, 3, 16, 16) -> embeddings (2, 32)" in out
     images = torch.randn(2, 3, 16, 16)
     found = torch._inductor.aoti_load_package(str(package))(images)
