@@ -18,8 +18,7 @@ A run that was killed continues where it stopped when it is started again; a lat
 what is new, and does not retry errors. Other files in FOLDER are left alone. Paths are held in
 memory, 2.3 GB for 10 million: split larger corpora into several runs.
 
-Ray is used if --ray is given or if RAY_ADDRESS names a cluster, for the same rows. To start a
-cluster:
+With --ray, or RAY_ADDRESS of a cluster, Ray computes the same rows. To start a cluster:
 
     ray start --head                 # on one machine; all need the same Python environment
     ray start --address HEAD:6379    # on each of the others
@@ -324,9 +323,7 @@ def run_pipeline(todo: pa.Table, files: list[str], model, schema: pa.Schema, arg
             decoded = pool.map(lambda *image: decode(*image, transform), paths, images)
             return to_table(list(decoded), transform)
 
-    class Embedder:
-        """An actor, with a copy of the model."""
-
+    class Embedder:  # an actor, with a copy of the model
         def __init__(self):
             torch.set_num_threads(args.threads or 1)
             self.model = ray.get(model_there).to(args.device, getattr(torch, args.dtype))
