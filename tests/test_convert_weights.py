@@ -162,7 +162,7 @@ def test_a_rectangular_grid_in_a_file_of_dinoreg(tmp_path):
         (lambda: randomised(replace(TINY, image_size=(20, 40))), "timm", "5 x 10 patches"),
         (lambda: randomised(replace(TINY, image_size=(20, 40))), "official", "5 x 10 patches"),
         (tiny_classifier, "hf", "one layer"),
-        (tiny_classifier, "timm", "the CLS token only"),
+        (tiny_classifier, "timm", "one layer"),
         (classifier_of_one_layer, "timm", "the CLS token only"),
     ],
 )
@@ -217,12 +217,15 @@ def test_a_folder_of_several_files(many_files):
     "name, message",
     [
         ("model-00001-of-00002.safetensors", "only 1 of the 2 files"),
-        ("other.safetensors", "several files of weights, name one: backbone_compatible"),
+        (
+            "other.safetensors",
+            "expected one file of weights, found backbone_compatible.safetensors, ",
+        ),
     ],
 )
 def test_folders_that_are_refused(many_files, name, message):
     (many_files / "model.safetensors").rename(many_files / name)
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(OSError, match=message):
         converted(many_files)
 
 
@@ -256,7 +259,7 @@ def test_an_old_repository_of_the_hugging_face_hub(tmp_path, monkeypatch):
 
 def test_a_repository_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+    with pytest.raises(OSError, match="pip install huggingface_hub"):
         converted("someone/model")
 
 
@@ -271,15 +274,19 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         (CONFIG, {"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_"),
         (CONFIG, {"problem_type": "regression"}, "problem_type is 'regression'"),
         (CONFIG, {"id2label": {"0": "score"}}, "a head of one class"),
-        (PROCESSOR, {"do_rescale": False}, "do_rescale = false is not supported"),
-        (PROCESSOR, {"rescale_factor": 1 / 127.5}, "rescale_factor = 0.0078"),
-        (PROCESSOR, {"do_resize": False}, "do_resize = false is not supported"),
-        (PROCESSOR, {"do_pad": True}, "do_pad = true is not supported"),
-        (PROCESSOR, {"size": {"longest_edge": 224}}, 'size = {"longest_edge": 224} is not'),
-        (PROCESSOR, {"resample": 4}, "resample = 4 is not supported"),
-        (PROCESSOR, {"image_processor_type": "SamImageProcessor"}, "SamImageProcessor is not"),
+        (PROCESSOR, {"do_rescale": False}, "do_rescale is False; supported is True"),
+        (PROCESSOR, {"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+        (PROCESSOR, {"do_resize": False}, "do_resize is False; supported is True"),
+        (PROCESSOR, {"do_pad": True}, "do_pad is True; supported is False"),
+        (
+            PROCESSOR,
+            {"size": {"longest_edge": 224}},
+            "the keys of size is ['longest_edge']; supported is",
+        ),
+        (PROCESSOR, {"resample": 4}, "resample is 4; supported is 0 or 1 or 2 or 3"),
+        (PROCESSOR, {"image_processor_type": "SamImageProcessor"}, "image processor is 'Sam'"),
         (PROCESSOR, {"crop_size": 600}, "cannot transform images with"),
-        (PROCESSOR, {"size": 7.5}, "float"),
+        (PROCESSOR, {"size": 7.5}, "cannot transform images with"),
         (PROCESSOR, {"image_mean": [0.5]}, "cannot transform images with"),
     ],
     ids=str,
@@ -438,8 +445,11 @@ def two_backbones(tmp_path) -> Path:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "two.pth: several backbones, choose one with --prefix: 'left.', 'right.'"),
-        (["--prefix", "middle."], "no backbone has the prefix 'middle.'; there are 'left.', "),
+        ([], "two.pth: choose the prefix of one backbone with --prefix: 'left.', 'right.'"),
+        (
+            ["--prefix", "middle."],
+            "two.pth: choose the prefix of one backbone with --prefix: 'left.', 'right.'",
+        ),
     ],
 )
 def test_several_backbones(two_backbones, options, message, tmp_path, capsys):
@@ -484,7 +494,7 @@ def test_a_head_beside_a_backbone(prefix, name, width, tmp_path, capsys):
     model, images = converted(tmp_path / "model.pth"), torch.randn(2, 3, 8, 12)
     inputs = LinearClassifier(randomised(SMALL), 3).linear_input(images)[:, :width]
     assert scaled_error(model(images), head(inputs)) < 1e-5
-    assert capsys.readouterr().err == ""
+    assert "left out" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -544,7 +554,8 @@ def test_an_official_backbone_with_head_and_labels(official_files):
     command = [sys.executable, "convert_weights.py", backbone, "--head", head, "--labels", labels]
     command += ["--num-heads", "4", "-o", out]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert result.stderr == ""
+    assert "took 4 register tokens" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert result.returncode == 0
     model = dinoreg.load(out)
     assert_same(model, randomise(LinearClassifier(randomised(replace(TINY, depth=4)), 3, layers=4)))
@@ -554,10 +565,14 @@ def test_an_official_backbone_with_head_and_labels(official_files):
     assert "Config(embed_dim=32, depth=4, num_heads=4" in result.stdout
 
 
-def test_a_head_of_imagenet_has_its_classes(official_files):
+@pytest.mark.parametrize("official", [True, False])
+def test_only_an_official_head_has_the_classes_of_imagenet(official_files, official, monkeypatch):
     backbone, head, _, _ = official_files.values()
     torch.save(randomise(nn.Linear(5 * 32, 1000)).state_dict(), head)
-    assert converted(backbone, head=head, num_heads=4).labels == dinoreg.IMAGENET_CLASSES
+    if official:
+        monkeypatch.setitem(CONFIGS, "vits14_reg", replace(TINY, depth=4))
+    labels = converted(backbone, head=head, num_heads=4).labels
+    assert labels == (dinoreg.IMAGENET_CLASSES if official else None)
 
 
 def test_unnamed_classes_are_not_those_of_imagenet(tmp_path):
@@ -586,11 +601,11 @@ REFUSED_HF = {
     "missing part": (lambda state: without(state, KEY), f"{KEY} is missing"),
     "missing": (
         lambda state: without(state, "embeddings.position_embeddings"),
-        "pos_embed.* is missing",
+        "embeddings.position_embeddings is missing; expected",
     ),
     "unknown": (
         lambda state: state | {"encoder.layer.0.extra": torch.zeros(3)},
-        "encoder.layer.0.extra: a DINOv2 in the hf dialect has no tensor of this name",
+        "encoder.layer.0.extra: no such tensor in the hf dialect",
     ),
     "shape": (
         lambda state: state | {"layernorm.bias": torch.zeros(7)},
@@ -606,7 +621,7 @@ REFUSED_OFFICIAL = {
     **{
         name: (
             lambda state, name=name: state | {name: torch.zeros(3)},
-            f"{name}: a DINOv2 has no such layer",
+            f"{name}: not a layer of DINOv2",
         )
         for name in OTHER_LAYERS
     },
@@ -618,7 +633,7 @@ REFUSED_OFFICIAL = {
     "Path": (lambda state: {"model": state, "args": Path("x")}, "pathlib"),
     "other model": (
         lambda state: {"conv1.weight": torch.zeros(3)},
-        "no DINOv2: .* first tensor is conv1.weight",
+        "no DINOv2: .* first is conv1.weight",
     ),
     "list": (lambda state: [1, 2], ""),
 }
@@ -647,7 +662,7 @@ def test_checkpoints_that_are_refused(change, message, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("", r"neither \*.safetensors nor pytorch_model\*.bin in this folder"), ("nowhere.pth", "")],
+    [("", "expected one file of weights, found none"), ("nowhere.pth", "")],
 )
 def test_folders_and_files_without_weights(name, message, tmp_path, capsys):
     assert convert(tmp_path / name, tmp_path / "out.safetensors") == 2
