@@ -102,9 +102,9 @@ def find_box(mask: np.ndarray, width: int, height: int) -> list[int] | None:
 
 
 def draw(photo: Image.Image, mask: np.ndarray, box: list[int] | None) -> Image.Image:
-    """The photo, darkened outside the mask (h, w), with the box."""
+    """The photo, darkened outside the mask (h, w) with a soft edge, and the box."""
     light = Image.fromarray(np.where(mask, 255, 90).astype(np.uint8)).resize(
-        photo.size, Image.Resampling.NEAREST
+        photo.size, Image.Resampling.BILINEAR
     )
     picture = Image.composite(photo, Image.new("RGB", photo.size), light)
     if box:

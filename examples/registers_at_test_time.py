@@ -50,9 +50,8 @@ class MlpWithRegister(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.fc1(x))  # (B, N, hidden)
         values = x[..., self.neurons]
-        x[:, self.register, self.neurons] = values.gather(
-            1, values.abs().argmax(dim=1, keepdim=True)
-        )[:, 0]
+        peak = values.abs().argmax(dim=1, keepdim=True)  # (B, 1, neurons): the token
+        x[:, self.register, self.neurons] = values.gather(1, peak)[:, 0]
         x[:, self.register + 1 :, self.neurons] = 0
         return self.fc2(x)
 
@@ -69,14 +68,12 @@ def add_register(
     R, registers, mlps = model.num_register_tokens, model.register_tokens, {}
     for i, indices in neurons.items():
         mlps[i] = model.blocks[i].mlp if 0 <= i < len(model.blocks) else None
-        if not isinstance(mlps[i], dinoreg.Mlp) or not all(
-            0 <= j < mlps[i].fc2.in_features for j in indices
-        ):
+        hidden = mlps[i].fc2.in_features if isinstance(mlps[i], dinoreg.Mlp) else 0
+        if not hidden or not all(0 <= j < hidden for j in indices):
             raise ValueError(f"block {i} of the model has no MLP with the neurons {indices}")
     zero = torch.zeros_like(model.cls_token)
-    model.register_tokens = nn.Parameter(
-        zero if registers is None else torch.cat([registers, zero], dim=1)
-    )
+    tokens = zero if registers is None else torch.cat([registers, zero], dim=1)
+    model.register_tokens = nn.Parameter(tokens)
     model.num_register_tokens = R + 1
     for i, mlp in mlps.items():
         model.blocks[i].mlp = MlpWithRegister(mlp, neurons[i], register=1 + R)
@@ -101,46 +98,40 @@ def find_register_neurons(
     {block: [neuron, ...]}.
 
     Outliers are patches whose norm after block `layer` is above `cutoff` times the median of their
-    image. Blocks after the one in which they reach that are left out. Raises a ValueError if there
-    are none. Source: section 3 of the paper.
+    image. Blocks after the one where their mean norm reaches that are left out. Raises a ValueError
+    if there are no outliers. Source: section 3 of the paper.
     """
     for i, block in enumerate(model.blocks):
         if not isinstance(block.mlp, dinoreg.Mlp):
-            raise ValueError(
-                "register neurons are those of an Mlp, "
-                f"but block {i} has a {type(block.mlp).__name__}"
-            )
+            found = f"block {i} has a {type(block.mlp).__name__}"
+            raise ValueError(f"register neurons are those of an Mlp, but {found}")
     activations: list[Tensor] = []  # of each block, at the patches of an image: (h * w, hidden)
 
     def keep(module, inputs, x):
         activations.append(x[0, 1 + model.num_register_tokens :])
 
     hooks = [block.mlp.act.register_forward_hook(keep) for block in model.blocks]
-    # The last three are sums over outliers: 1, norms (depth,), magnitudes (depth, hidden).
-    largest, total, norms, scores = 0.0, 0, 0, 0
+    largest = 0.0
+    # Sums over outliers: their number, norms (depth,) and magnitudes of neurons (depth, hidden).
+    total, norms, scores = 0, 0, 0
     try:
         for image in images:
             activations.clear()
-            outputs = model.get_intermediate_layers(
-                image[None].to(model.pos_embed.device), len(model.blocks), norm=False
-            )
+            x = image[None].to(model.pos_embed.device)
+            outputs = model.get_intermediate_layers(x, len(model.blocks), norm=False)
             relative = torch.cat(outputs).float().norm(dim=-1)  # (depth, h * w)
             relative /= relative.median(dim=1, keepdim=True).values
             outliers = relative[layer] > cutoff
-            largest, total = (
-                max(largest, relative[layer].max().item()),
-                total + outliers.sum().item(),
-            )
+            largest = max(largest, relative[layer].max().item())
+            total += outliers.sum().item()
             norms += relative[:, outliers].sum(dim=1)
             scores += torch.stack([x[outliers].float().abs().sum(dim=0) for x in activations])
     finally:
         for hook in hooks:
             hook.remove()
     if not total:
-        raise ValueError(
-            f"no patch has a norm above {cutoff:g} times the median: "
-            f"the largest has {largest:.2f} times"
-        )
+        rule = f"no patch has a norm above {cutoff:g} times the median"
+        raise ValueError(f"{rule}: the largest has {largest:.2f} times")
     first = (norms / total > cutoff).nonzero()[0].item()
     neurons: dict[int, list[int]] = {}
     for index in scores[: first + 1].flatten().argsort(descending=True)[:count].tolist():
