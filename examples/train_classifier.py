@@ -243,7 +243,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=common.positive, default=10, help="for --finetune (default: %(default)s)")
     text = "no horizontal flips in --finetune: for text and digits"
     add("--no-flip", action="store_true", help=text)
-    add("--no-cache", action="store_true", help="compute all features anew")
+    add("--no-cache", action="store_true", help="compute all features, and keep none")
     common.add_output(parser, "classifier.safetensors")
     common.add_device(parser)
 
