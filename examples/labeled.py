@@ -52,7 +52,7 @@ def vote(
     """Votes (m, K) for queries (m, D), by the k rows of train (n, D) of the highest cosine
     similarity.
 
-    Each neighbour votes for its labels (n, K), weighted by the softmax of the similarities, as in
+    Each neighbor votes for its labels (n, K), weighted by the softmax of the similarities, as in
     the official k-NN evaluation (dinov2/eval/knn.py).
     """
     train, queries, votes = F.normalize(train, dim=1), F.normalize(queries, dim=1), []

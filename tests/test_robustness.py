@@ -567,7 +567,7 @@ FIELDS = {
     "mlp_ratio": [1e308, math.nan],
     "layerscale_init": [10**400],
     "image_size": [None, [20], "x"],
-    "colour": [1],
+    "color": [1],
 }
 
 
@@ -594,7 +594,7 @@ def test_transforms_that_are_refused(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"resize": 0}, {"resize": 10**400}, {"crop": 224}, {"resampling": "box"}, {"colour": 1},
+    [{"resize": 0}, {"resize": 10**400}, {"crop": 224}, {"resampling": "box"}, {"color": 1},
      {"mean": [10**400] * 3}, {"mean": [1e308] * 3}, {"mean": ["a"] * 3}, {"std": [math.nan] * 3}],
     ids=lambda fields: str(fields)[:40],
 )  # fmt: skip

@@ -12,7 +12,7 @@ import dinoreg
 
 
 def save_tiny(config: dinoreg.Config, path: Path, seed: int = 0) -> Path:
-    """Save a backbone of random weights whose features depend on colours more than on places."""
+    """Save a backbone of random weights whose features depend on colors more than on places."""
     torch.manual_seed(seed)
     model = dinoreg.DinoVisionTransformer(config)
     model.transform = dinoreg.Transform().at_size(16)
