@@ -143,8 +143,9 @@ def run(args: argparse.Namespace) -> int:
     page = TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
     with dinoreg.atomic(args.output) as part:
         part.write_text(page, encoding="utf-8")
-    size = f"{len(photos)} photos, {args.output.stat().st_size / 1e6:.1f} MB"
-    print(f"{dinoreg.printable(str(args.output))}: {size}; open it in a browser")
+    count = "1 photo" if len(photos) == 1 else f"{len(photos)} photos"
+    size = f"{args.output.stat().st_size / 1e6:.1f} MB"
+    print(f"{dinoreg.printable(str(args.output))}: {count}, {size}; open it in a browser")
     return common.report("explore", unreadable)
 
 

@@ -514,7 +514,7 @@ def test_explore_continues_after_a_bad_image(tmp_path, call):
     assert status == 1 and "broken.png: cannot identify" in error and page.exists()
     exactness, written = printed.splitlines()
     assert re.fullmatch(r"digits: the page keeps \d+ of \d+ dimensions .* exact ones", exactness)
-    assert re.fullmatch(rf"{page}: 1 photos, \d\.\d MB; open it in a browser", written)
+    assert re.fullmatch(rf"{page}: 1 photo, \d\.\d MB; open it in a browser", written)
     page.unlink()
     status, _, (error,) = call(explore, tmp_path / "broken.png", "--model", model, "-o", page)
     assert status == 1 and not page.exists()
