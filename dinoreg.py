@@ -984,8 +984,10 @@ def print_record(record: dict, width: int) -> None:
 
 def complain(text: str, program: str = "dinoreg") -> None:
     """Print one line to standard error, which may be closed or full."""
-    with contextlib.suppress(OSError):
+    try:
         print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (exiting would fail to flush the other)
 
 
 def printable(text: str) -> str:

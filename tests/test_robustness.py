@@ -1007,7 +1007,7 @@ def streams() -> dict[str, tuple[str, str, int]]:
     """The output, errors and exit status of the command line by redirection of its streams."""
     program, pipes = [sys.executable, *map(str, CLASSIFY)], dict(stdout=subprocess.PIPE, text=True)
     processes = {}
-    for redirection in ("<&- 2>&-", ">/dev/full", ">&-", "| exit 3"):
+    for redirection in ("<&- 2>&-", ">/dev/full", ">&-", "| exit 3", ">/dev/full 2>/dev/full"):
         command = ["bash", "-c", f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}', "bash", *program]
         processes[redirection] = subprocess.Popen(
             command, stderr=subprocess.PIPE, cwd=HERE, **pipes
@@ -1027,6 +1027,7 @@ def test_full_standard_output(streams):
     _, errors, returncode = streams[">/dev/full"]
     assert errors == "dinoreg: [Errno 28] No space left on device\n"
     assert returncode == 2
+    assert streams[">/dev/full 2>/dev/full"][2] == 2
 
 
 @linux_only
@@ -1047,6 +1048,17 @@ def test_an_error_without_standard_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)  # as Python has it if it is closed
     assert dinoreg.main([str(DIGIT_IMAGES[0]), "--model", "nowhere"]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_a_traceback_on_request(monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("first\nsecond")
+
+    assert dinoreg.guard("program", fail) == 2
+    assert capsys.readouterr().err == "program: first (DINOREG_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("DINOREG_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="second"):
+        dinoreg.guard("program", fail)
 
 
 class Full(io.StringIO):
