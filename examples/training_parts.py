@@ -63,23 +63,33 @@ def all_gather(x: Tensor) -> Tensor:
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
-    x.register_hook(lambda gradient: gradient * len(parts))
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * len(parts))
     parts[dist.get_rank()] = x
     return torch.cat(parts)
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """The logarithm of the sum of exp(x) over the rows of all processes: (B, K) -> (K,)."""
+    total = x.logsumexp(dim=0)
+    if not dist.is_initialized():
+        return total
+    largest = total.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest + all_reduce((total - largest).exp()).log()
 
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Assignments (B, K), float32, from logits (B, K): those of a sample sum to 1, and all
     prototypes get the same in total, over all processes.
-    Official: DINOLoss.sinkhorn_knopp_teacher."""
-    Q = (logits.float() / temperature).exp()
-    samples, prototypes = all_reduce(torch.tensor(float(len(Q)), device=Q.device)), Q.shape[1]
-    Q /= all_reduce(Q.sum())
+    Official: DINOLoss.sinkhorn_knopp_teacher, which divides where this subtracts logarithms. At a
+    temperature of 0.02, exp(logits / temperature) exceeds float32 for logits of 1.8."""
+    Q = logits.float() / temperature
     for _ in range(iterations):
-        Q /= all_reduce(Q.sum(dim=0)) * prototypes  # 1 / K in total for each prototype
-        Q /= Q.sum(dim=1, keepdim=True) * samples  # 1 / B for each sample
-    return Q * samples
+        Q -= log_sum_exp(Q)  # 1 in total for each prototype; the next line makes it B / K
+        Q -= Q.logsumexp(dim=1, keepdim=True)  # 1 for each sample
+    return Q.exp()
 
 
 @torch.no_grad()
@@ -211,17 +221,25 @@ def cosine(
 def schedule(recipe, step: int, epoch_length: int) -> dict[str, float]:
     """The values that change from step to step, by the constants of pretrain.Recipe. Official:
     build_schedulers.
+
+    While a trained backbone is frozen, its new heads learn at the full rate, prototypes too; the
+    backbone warms up after that.
     """
-    epochs = recipe.epochs, recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs
-    total, warmup, temp_warmup = (int(number * epoch_length) for number in epochs)
-    lr = cosine(
-        step, recipe.base_lr * math.sqrt(recipe.batch_size / 1024), recipe.min_lr, total, warmup
-    )
-    temp = recipe.teacher_temp
+
+    def steps(epochs: float) -> int:
+        return int(epochs * epoch_length)
+
+    total, frozen, warmup = map(steps, (recipe.epochs, recipe.freeze_epochs, recipe.warmup_epochs))
+    peak, temp = recipe.base_lr * math.sqrt(recipe.batch_size / 1024), recipe.teacher_temp
+    lr = cosine(step, peak, recipe.min_lr, total, 0 if frozen else warmup)
+    backbone_peak = peak * recipe.backbone_lr_mult
+    backbone_lr = cosine(step - frozen, backbone_peak, recipe.min_lr, total - frozen, warmup)
+    last_layer_starts = 0 if frozen else steps(recipe.freeze_last_layer_epochs)
+    temp_warmup = steps(recipe.warmup_teacher_temp_epochs)
     return dict(
         lr=lr,
-        last_layer_lr=lr if step >= int(recipe.freeze_last_layer_epochs * epoch_length) else 0.0,
-        backbone_lr=lr if step >= int(recipe.freeze_epochs * epoch_length) else 0.0,
+        last_layer_lr=lr if step >= last_layer_starts else 0.0,
+        backbone_lr=backbone_lr if step >= frozen else 0.0,
         weight_decay=cosine(step, recipe.weight_decay, recipe.weight_decay_end, total),
         momentum=cosine(step, recipe.momentum_teacher, recipe.final_momentum_teacher, total),
         teacher_temp=cosine(step, temp, temp, temp_warmup, temp_warmup, recipe.warmup_teacher_temp),
