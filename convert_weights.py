@@ -32,10 +32,9 @@ note = partial(dinoreg.complain, program="convert_weights")
 
 # Names and shapes of tensors ----------------------------------------------------------------------
 
-# The names of the same parameters in each dialect. "#" is the block: "blocks.0", or
-# "encoder.layer.0" in Hugging Face's. Braces list the parts that are concatenated into one official
-# tensor. "hf" are the names in files on the hub, which all versions of transformers write; the last
-# column has the names that version 5 uses in memory, where they differ.
+# The names of the same parameters in each dialect. "#" is the block (`BLOCKS`), braces list the
+# parts of which the official tensor is the concatenation. All versions of transformers write the
+# names of "hf"; version 5 uses those of "hf5" in memory, where they differ.
 TABLE = """
 official          timm              hf                                      hf5
 cls_token         cls_token         embeddings.cls_token
@@ -124,7 +123,8 @@ def join(tensors: dict[str, Tensor], dialect: str, prefix: str) -> dict[str, Ten
     with dinoreg.NoMemory():
         expected = DinoVisionTransformer(measure(tensors, dialect, prefix)).state_dict()
     names = {name: translate(name, dialect) for name in expected}
-    absent = [name for name in ABSENT if tensors.keys().isdisjoint(translate(name, dialect))]
+    kinds = {re.sub(r"\.\d+\.", ".0.", key) for key in tensors}
+    absent = [name for name in ABSENT if kinds.isdisjoint(translate(name, dialect))]
     joined, dtype = {}, tensors[names["patch_embed.proj.weight"][0]].dtype
     for name, empty in expected.items():
         kind = re.sub(r"^blocks\.\d+", "blocks.0", name)
@@ -172,8 +172,7 @@ def find_backbone(tensors: dict[str, Tensor], wanted: str | None) -> str:
     averaged weights. Raises a ValueError if there is none."""
     prefixes = sorted({PATCHES.sub("", key) for key in tensors if PATCHES.search(key)})
     if not prefixes:
-        first = min(tensors, default=None)
-        raise ValueError(f"no DINOv2: patch_embed.proj.weight is missing, the first is {first}")
+        raise ValueError(f"no patch_embed.proj.weight; the first is {min(tensors, default=None)}")
     averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
     found = prefixes if len(prefixes) == 1 else averaged
     found = found if wanted is None else [prefix for prefix in prefixes if prefix == wanted]
@@ -201,7 +200,6 @@ def to_official(checkpoint: dict, prefix=None, no_embed_class=None) -> tuple[dic
         dialect = "hf5"
     if other := sorted(key for key in tensors if key.split(".")[0] in OTHER_MODELS):
         raise ValueError(f"{other[0]}: not a layer of DINOv2, which would give other outputs")
-
     # A head is within the backbone or beside it: for "model.backbone.", in "model.".
     parent = ".".join([*prefix.split(".")[:-2], ""])
     name = "classifier." if hugging_face else "linear_head."
@@ -314,8 +312,7 @@ FIELDS = {
     "num_register_tokens": ("num_register_tokens", "reg_tokens"),
 }
 # Heads of timm's architectures of other widths than the official ones: "vit_huge_patch14_224".
-TIMM_HEADS = dict(vit_tiny=3, vit_small=6, vit_base=12, vit_large=16)
-TIMM_HEADS |= dict(vit_huge=16, vit_giant=16, vit_gigantic=16)
+TIMM_HEADS = dict(tiny=3, small=6, base=12, large=16, huge=16, giant=16, gigantic=16)
 
 
 def compare(stated: dict, config: Config, tensors: dict[str, Tensor], classes: int) -> Config:
@@ -333,10 +330,10 @@ def compare(stated: dict, config: Config, tensors: dict[str, Tensor], classes: i
     ratio = stated.get("mlp_ratio", config.mlp_ratio)
     hidden = dataclasses.replace(config, mlp_ratio=ratio).hidden_dim
     hidden = int(config.embed_dim * ratio) // (1 + swiglu) if "architecture" in stated else hidden
-    facts = {name: getattr(config, field) for field, names in FIELDS.items() for name in names}
-    facts |= {"mlp_ratio": ratio} if hidden == config.hidden_dim else {}
-    facts |= {"num_labels": classes, "num_classes": classes} if classes else {}
-    facts |= {"use_swiglu_ffn": swiglu, "act_layer": "silu" if swiglu else "gelu"}
+    facts: dict = {key: (getattr(config, x),) for x, keys in FIELDS.items() for key in keys}
+    facts |= {"mlp_ratio": (ratio,)} if hidden == config.hidden_dim else {}
+    facts |= {"num_labels": (classes,), "num_classes": (classes,)} if classes else {}
+    facts |= {"use_swiglu_ffn": (swiglu,), "act_layer": ("silu" if swiglu else "gelu",)}
     facts |= {} if swiglu else {"hidden_act": "gelu"}  # Hugging Face's SwiGLU does not use it
     facts |= {"qkv_bias": True} if biased else {}
     facts |= {"layer_norm_eps": 1e-6, "qk_norm": False, "class_token": True, "label_offset": 0}
@@ -349,9 +346,8 @@ def class_names(stated: dict) -> list[str] | None:
     """The labels of the classes in config.json, in their order."""
     labels = stated.get("id2label") or stated.get("label_names") or stated.get("labels")
     if isinstance(labels, dict):
-        numbers = sorted(map(int, labels))
-        if numbers != list(range(len(labels))):
-            raise ValueError(f"labels must be numbered from 0 without gaps, got {numbers!s:.60}")
+        if sorted(map(int, labels)) != list(range(len(labels))):
+            raise ValueError(f"labels must be numbered from 0 without gaps: {[*labels]!s:.60}")
         labels = [labels[key] for key in sorted(labels, key=int)]
     if len(stated.get("id2label", ())) == 1:
         raise ValueError("a head of one class (id2label) is a regression, not a classifier")
@@ -389,8 +385,7 @@ def hf_config(model: Model) -> dict:
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic")  # in the order of PIL's numbers
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# The defaults of Hugging Face's image processors. An integer size is the short side, or, for those
-# with "height", both sides.
+# The defaults of Hugging Face's image processors.
 BIT: dict[str, Any] = dict(do_convert_rgb=True, do_resize=True, do_center_crop=True)
 BIT |= dict(do_rescale=True, rescale_factor=1 / 255, do_normalize=True, size=224, crop_size=224)
 BIT |= dict(resample=3, image_mean=CLIP_MEAN, image_std=CLIP_STD)
@@ -434,19 +429,16 @@ def transform_from_hf(described: dict) -> Transform:
     supported |= {key: False for key in values if key.startswith("do_") and key not in BIT}
     supported |= dict.fromkeys(("crop_pct", "size_divisor", "offset", "pad_size"), 0)
     require(values, supported, "supported is")
-    resize = hf_size(values["size"], square=family in ("ViT", "DeiT"))
+    resize = hf_size(values["size"], square=family in ("ViT", "DeiT"))  # else: the short side
     keys = {"the keys of size": (["shortest_edge"], ["height", "width"])}
     require({"the keys of size": sorted(resize)}, keys, "supported is")
     crop = hf_size(values["crop_size"], square=True)
     if not values["do_normalize"]:
         values |= {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
-    return Transform(
-        resize=resize.get("shortest_edge") or (resize["height"], resize["width"]),
-        crop=(crop["height"], crop["width"]) if values["do_center_crop"] else None,
-        resampling=RESAMPLING[values["resample"]],
-        mean=tuple(values["image_mean"]),
-        std=tuple(values["image_std"]),
-    )
+    size = resize.get("shortest_edge") or (resize["height"], resize["width"])
+    center = (crop["height"], crop["width"]) if values["do_center_crop"] else None
+    mean, std = tuple(values["image_mean"]), tuple(values["image_std"])
+    return Transform(size, center, RESAMPLING[values["resample"]], mean, std)
 
 
 def transform_from_timm(described: dict) -> Transform:
@@ -455,14 +447,12 @@ def transform_from_timm(described: dict) -> Transform:
     mode, share = described.get("crop_mode", "center"), described.get("crop_pct", 0.875)
     modes = ("center", "squash") if H == W else "squash"
     require({"crop_mode": mode}, {"crop_mode": modes}, f"supported for {H} x {W} pixels is")
-    resize = (math.floor(H / share), math.floor(W / share))
-    return Transform(
-        resize=resize[0] if mode == "center" else resize,
-        crop=(H, W),
-        resampling=described.get("interpolation", "bicubic"),
-        mean=tuple(described.get("mean", dinoreg.IMAGENET_MEAN)),
-        std=tuple(described.get("std", dinoreg.IMAGENET_STD)),
-    )
+    height, width = math.floor(H / share), math.floor(W / share)
+    resize = height if mode == "center" else (height, width)
+    mean = tuple(described.get("mean", dinoreg.IMAGENET_MEAN))
+    std = tuple(described.get("std", dinoreg.IMAGENET_STD))
+    resampling = described.get("interpolation", "bicubic")
+    return Transform(resize, (H, W), resampling, mean, std)
 
 
 def read_training_config(checkpoint: Path) -> dict:
@@ -565,16 +555,14 @@ def read(
 def build(checkpoint: dict[str, Tensor], file: Path, options: dict) -> tuple[Model, str]:
     """The model and dialect of a checkpoint in a file, next to which config files may lie."""
     contents = []
-    for name in ("config.json", "preprocessor_config.json"):
-        with dinoreg.naming(name):
-            path = file.with_name(name)
+    for path in (file.with_name("config.json"), file.with_name("preprocessor_config.json")):
+        with dinoreg.naming(path.name):
             content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             contents.append({key: x for key, x in content.items() if x is not None})
     described, processor = contents
     with dinoreg.naming("config.json"):
         pretrained = described.get("pretrained_cfg", described)  # old files of timm have one level
         stated = pretrained | described | described.get("model_args", {})
-
     no_embed_class = stated.get("no_embed_class")
     tensors, linear, dialect = to_official(checkpoint, options.get("prefix"), no_embed_class)
     bare = tensors.keys() == checkpoint.keys()  # as in released files
@@ -586,15 +574,13 @@ def build(checkpoint: dict[str, Tensor], file: Path, options: dict) -> tuple[Mod
             linear = flatten(dinoreg.read_tensors(head)[0])
             if not head_width(linear, ""):
                 raise ValueError(f"no linear head of weight and bias, but {[*linear]!s:.60}")
-
     heads = stated.get("num_attention_heads", stated.get("num_heads", options.get("num_heads")))
     widths = {config.embed_dim for config in dinoreg.CONFIGS.values()}
     if heads is None and tensors["cls_token"].shape[-1] not in widths:
-        heads = TIMM_HEADS.get("_".join(stated.get("architecture", "").split("_")[:2]))
+        heads = TIMM_HEADS.get("".join(stated.get("architecture", "").split("_")[1:2]))
     config = dinoreg.infer_config(tensors, num_heads=heads)
     released, R = config in dinoreg.CONFIGS.values(), config.num_register_tokens
     require(options, {"num_heads": config.num_heads, "registers": R}, "the model has")
-
     classes = len(linear.get("bias", ()))
     with dinoreg.naming("config.json"):
         config = compare(stated, config, tensors, classes)
@@ -643,8 +629,7 @@ def write(model: Model, path: str | os.PathLike, dialect: str = "dinoreg") -> No
 
 
 def run(args: argparse.Namespace) -> int:
-    options = vars(args)
-    source, output, dialect, names = (options.pop(x) for x in ("source", "output", "to", "labels"))
+    source, output, dialect, names = map(vars(args).pop, ("source", "output", "to", "labels"))
     folder = os.path.isdir(output) and (dialect != "hf" or os.listdir(output))
     if folder or Path(output).name in ("", "..") or (dialect == "hf" and os.path.isfile(output)):
         kind = "an empty or new folder" if dialect == "hf" else "a file"
@@ -653,7 +638,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{output}: the name must end in {' or '.join(SUFFIXES)}")
     if names is not None and dialect in ("official", "timm"):
         refuse({"labels"}, f"--to {dialect}, whose files have no class names")
-    model, origin = read(source, **options)
+    model, origin = read(source, **vars(args))
     classes = model.linear_head.out_features if isinstance(model, LinearClassifier) else 0
     if names is not None:
         refuse(set() if classes else {"labels"}, f"{source}, which has no head")
@@ -663,7 +648,6 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"expected {classes} lines, none empty; got {len(labels)}")
             model.labels = labels
     write(model, output, dialect)
-
     count = sum(x.numel() for x in model.parameters())
     print(dinoreg.printable(f"{output}: {origin} -> {dialect}, {count:,} parameters"))
     print(model.config, model.transform, sep="\n")
@@ -679,12 +663,7 @@ def main(argv: list[str] | None = None) -> int:
     add, formats = parser.add_argument, ("dinoreg", "official", "hf", "timm")
     resized = "how positions are resized, if no config.yaml of the training tells"
     add("source", help="an official name, a file, a folder, or a Hugging Face repository")
-    add(
-        "-o",
-        "--output",
-        required=True,
-        help="a file (official, timm: .safetensors, .pth), hf: a folder",
-    )
+    add("-o", "--output", required=True, help="a .safetensors or .pth file; for hf, a folder")
     add("--to", default="dinoreg", choices=formats, help="format to write (default: dinoreg)")
     add("--head", metavar="FILE", help="an official linear head, for an official backbone")
     add("--layers", type=int, choices=(1, 4), help="which head of an official name (default: 4)")

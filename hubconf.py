@@ -68,11 +68,8 @@ def _entry(name):
 
     entry = linear_classifier if classifier else backbone
     entry.__name__ = f"dinov2_{name}"
-    entry.__doc__ = (
-        f"dinov2_{name}: trained on ImageNet-1k's classes"
-        if classifier
-        else f"dinov2_{name}: the backbone"
-    )
+    kind = "trained on ImageNet-1k's classes" if classifier else "the backbone"
+    entry.__doc__ = f"dinov2_{name}: {kind}"
     return entry
 
 

@@ -633,7 +633,7 @@ REFUSED_OFFICIAL = {
     "Path": (lambda state: {"model": state, "args": Path("x")}, "pathlib"),
     "other model": (
         lambda state: {"conv1.weight": torch.zeros(3)},
-        "no DINOv2: .* first is conv1.weight",
+        "no patch_embed.proj.weight; the first is conv1.weight",
     ),
     "list": (lambda state: [1, 2], ""),
 }
@@ -708,3 +708,428 @@ def test_a_folder_is_written_as_a_whole(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["hf", "hf.part"]
     assert os.listdir(tmp_path / "hf.part") == ["notes.txt"]
     shutil.rmtree(tmp_path / "hf.part")
+
+
+# --------------------------------------------------------------------------------------------------
+# What the files say, and what the tensors say
+
+
+def classifier_folder(dialect: str, folder: Path) -> Path:
+    """A folder of Hugging Face or timm with a classifier of three classes and its config.json."""
+    model = classifier_of_one_layer()
+    if dialect == "hf":
+        convert_weights.write(model, folder, "hf")
+        return folder
+    folder.mkdir()
+    model.linear_head.weight.data[:, 32:] = 0
+    convert_weights.write(model, folder / "model.safetensors", "timm")
+    args = {"num_heads": 4, "img_size": [20, 20], "patch_size": 4, "reg_tokens": 4, "depth": 3}
+    args |= {"embed_dim": 32, "mlp_ratio": 4.0, "no_embed_class": True}
+    described = {"architecture": "vit_small_patch14", "num_classes": 3, "model_args": args}
+    described |= {"num_features": 32, "label_names": ["cat", "dog", "ü"]}
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def change(file: Path, settings: dict) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("dialect", ["hf", "timm"])
+def test_a_config_that_agrees_with_the_tensors(dialect, tmp_path):
+    model = converted(classifier_folder(dialect, tmp_path / "in"))
+    assert model.config == classifier_of_one_layer().config
+    assert model.labels == ["cat", "dog", "ü"]
+
+
+@pytest.mark.parametrize(
+    "dialect, settings",
+    [
+        ("hf", {"num_hidden_layers": 1}),
+        ("hf", {"num_register_tokens": 0}),
+        ("hf", {"hidden_size": 64}),
+        ("hf", {"patch_size": 14}),
+        ("hf", {"image_size": 24}),
+        ("hf", {"num_channels": 1}),
+        ("hf", {"mlp_ratio": 2}),
+        ("hf", {"use_swiglu_ffn": True}),
+        ("hf", {"qkv_bias": False}),
+        ("hf", {"num_labels": 4}),
+        ("timm", {"num_features": 64}),
+        ("timm", {"num_classes": 4}),
+        ("timm", {"depth": 2}),
+        ("timm", {"embed_dim": 64}),
+        ("timm", {"reg_tokens": 8}),
+        ("timm", {"img_size": [24, 24]}),
+        ("timm", {"mlp_ratio": 2.0}),
+        ("timm", {"act_layer": "silu"}),
+        ("timm", {"label_offset": 1}),
+    ],
+    ids=str,
+)
+def test_a_config_that_contradicts_the_tensors(dialect, settings, tmp_path):
+    folder = classifier_folder(dialect, tmp_path / "in")
+    change(
+        folder / "config.json",
+        settings | ({"model_args": settings | {"num_heads": 4}} if dialect == "timm" else {}),
+    )
+    ((key, value),) = settings.items()
+    value = 24 if value == [24, 24] else value
+    with pytest.raises(ValueError, match=rf"in: config.json: {key} is {value!r}; the model has "):
+        converted(folder)
+
+
+def test_registers_that_a_config_states_and_a_file_lacks(tmp_path):
+    folder = classifier_folder("hf", tmp_path / "in")
+    tensors, _ = dinoreg.read_tensors(folder / "model.safetensors")
+    tensors = {key: x for key, x in tensors.items() if "register_tokens" not in key}
+    dinoreg.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="num_register_tokens is 4; the model has 0"):
+        converted(folder)
+
+
+def test_a_rectangular_grid_that_a_config_states(tmp_path):
+    model = randomised(replace(TINY, image_size=(20, 40), num_register_tokens=0))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    settings = {"image_size": [20, 40], "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert converted(tmp_path).config.image_size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ({"1": "cat", "2": "dog", "3": "cow"}, r"from 0 without gaps: \['1', '2', '3'\]"),
+        ({"0": "a", "5": "b", "9": "c"}, r"from 0 without gaps: \['0', '5', '9'\]"),
+        ({"0": "a", "1": "b"}, "expected labels of 3 classes"),
+        ({"0": "a", "1": "b", "2": 3}, "expected labels of 3 classes"),
+        ({"a": "cat", "b": "dog", "c": "cow"}, "invalid literal"),
+    ],
+)
+@pytest.mark.parametrize("dialect, key", [("hf", "id2label"), ("timm", "label_names")])
+def test_labels_that_are_refused(dialect, key, labels, message, tmp_path):
+    folder = classifier_folder(dialect, tmp_path / "in")
+    change(folder / "config.json", {key: labels})
+    with pytest.raises(ValueError, match=f"in: .*{message}"):
+        converted(folder)
+
+
+def test_labels_of_timm_as_a_dict_and_in_old_files(tmp_path):
+    folder = classifier_folder("timm", tmp_path / "in")
+    change(folder / "config.json", {"label_names": {"2": "c", "10": "x"} | {"0": "a", "1": "b"}})
+    with pytest.raises(ValueError, match="without gaps"):
+        converted(folder)
+    change(folder / "config.json", {"label_names": {"2": "c", "0": "a", "1": "b"}})
+    assert converted(folder).labels == ["a", "b", "c"]
+    old = {"label_names": None, "labels": ["d", "e", "f"], "input_size": [3, 98, 98]}
+    change(folder / "config.json", old | {"mean": [0.5] * 3, "crop_pct": 1.0})
+    model = converted(folder)
+    assert model.labels == ["d", "e", "f"]
+    assert model.transform == Transform(98, (98, 98), mean=(0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "{", '"x"', '{"model_args": 3}', '{"id2label": 3, "num_heads": 4}']
+)
+def test_a_config_that_is_no_config(content, tmp_path):
+    folder = classifier_folder("hf", tmp_path / "in")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"in: config\.json: "):
+        converted(folder)
+
+
+# What is made of one tensor.
+DAMAGES = {
+    "0-dim": lambda x: x.new_tensor(1.0),
+    "flat": lambda x: x.flatten() if x.ndim > 1 else x[None],
+    "transposed": lambda x: x.permute(*reversed(range(x.ndim))).contiguous(),
+    "empty": lambda x: x.new_empty(0),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "int8": lambda x: x.to(torch.int8),
+    "bool": lambda x: x.bool(),
+    "sparse": lambda x: x.to_sparse(),
+    "expanded": lambda x: x.new_zeros(1).expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("dialect", ["official", "timm", "hf", "hf5"])
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_one_damaged_tensor_is_named(ffn, dialect, damage):
+    model = DinoVisionTransformer(replace(TINY, ffn=ffn, depth=2))
+    state = convert_weights.from_official(model, dialect)
+    tried = 0
+    for key, x in state.items():
+        damaged = DAMAGES[damage](x)
+        same = (damaged.shape, damaged.dtype, damaged.layout) == (x.shape, x.dtype, x.layout)
+        if same and damage != "expanded":  # a square matrix that is transposed, for instance
+            continue
+        with pytest.raises(ValueError, match=rf"^{re.escape(key)} is "):
+            convert_weights.to_official(state | {key: damaged})
+        tried += 1
+    assert tried > 5
+
+
+@pytest.mark.parametrize("damage", [DAMAGES["flat"], DAMAGES["transposed"], DAMAGES["int8"]])
+@pytest.mark.parametrize("key", ["classifier.weight", "classifier.bias"])
+def test_a_damaged_head_is_named(key, damage, tmp_path):
+    state = convert_weights.from_official(classifier_of_one_layer(), "hf")
+    torch.save(state | {key: damage(state[key])}, tmp_path / "model.pth")
+    if key == "classifier.bias" and damage is DAMAGES["transposed"]:
+        return  # it stays as it is
+    with pytest.raises(ValueError, match=f"model.pth: {key} is "):
+        converted(tmp_path / "model.pth", num_heads=4)
+
+
+# --------------------------------------------------------------------------------------------------
+# How positions are resized, and registers that are not used
+
+NOTE = "resizes positions as the released models do"
+
+
+@pytest.mark.parametrize("prefix, noted", [("", False), ("teacher.backbone.", True)])
+def test_only_released_models_have_a_known_way_to_resize_positions(
+    prefix, noted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(CONFIGS, "vits14_reg", SMALL)
+    torch.save(prefixed(prefix, randomised(SMALL).state_dict()), tmp_path / "model.pth")
+    model = converted(tmp_path / "model.pth")
+    assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
+    assert (NOTE in capsys.readouterr().err) == noted
+
+
+def test_options_of_how_positions_are_resized(tmp_path, capsys):
+    torch.save(prefixed("x.", randomised(SMALL).state_dict()), tmp_path / "model.pth")
+    options = ["--no-interpolate-antialias", "--interpolate-offset", 0.1]
+    assert convert(tmp_path / "model.pth", tmp_path / "out", *options) == 0
+    model = dinoreg.load(tmp_path / "out")
+    assert (model.interpolate_antialias, model.interpolate_offset) == (False, 0.1)
+    assert capsys.readouterr().err == ""
+
+
+TRAINING = """
+student:
+  arch: vit_large
+  num_register_tokens: 4
+  interpolate_antialias: false
+  interpolate_offset: 0.05  # a comment
+teacher:
+  momentum_teacher: 0.992
+"""
+
+
+@pytest.mark.parametrize("name", ["model.pth", "eval/training_12499/teacher_checkpoint.pth"])
+def test_the_config_of_a_training_run(name, tmp_path, capsys):
+    (path := tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "config.yaml").write_text(TRAINING)
+    torch.save({"teacher": prefixed("backbone.", randomised(SMALL).state_dict())}, path)
+    model = converted(path)
+    assert (model.interpolate_antialias, model.interpolate_offset) == (False, 0.05)
+    error = capsys.readouterr().err
+    assert f"positions are resized as {tmp_path / 'config.yaml'} says" in error
+    assert NOTE not in error
+    assert converted(path, interpolate_offset=0.2).interpolate_offset == 0.2
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "[]"])
+@pytest.mark.parametrize("key", ["interpolate_antialias", "interpolate_offset"])
+def test_training_configs_that_are_refused(key, value, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"student:\n  {key}: {value}\n")
+    torch.save(randomised(SMALL).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model\.pth: "):
+        converted(tmp_path / "model.pth")
+
+
+def test_registers_that_a_model_does_not_use(tmp_path, capsys):
+    """UniDepth and UniK3D keep a row of register_tokens that they never add."""
+    model = randomised(replace(TINY, **dinoreg.PLAIN))
+    state = prefixed("pixel_encoder.", model.state_dict())
+    state |= {"pixel_encoder.register_tokens": torch.randn(1, 1, 32)}
+    torch.save(state, tmp_path / "model.pth")
+    assert converted(tmp_path / "model.pth", num_heads=4).num_register_tokens == 1
+    assert "took 1 register tokens (--registers 0: none)" in capsys.readouterr().err
+    options = ["--num-heads", 4, "--registers", 0]
+    assert convert(tmp_path / "model.pth", tmp_path / "out", *options) == 0
+    assert_same(dinoreg.load(tmp_path / "out"), model)
+    assert capsys.readouterr().err == ""
+
+
+def test_another_number_of_registers_than_the_file_has(tmp_path):
+    torch.save(randomised(SMALL).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model\.pth: registers is 2; the model has 4"):
+        converted(tmp_path / "model.pth", registers=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.fixture
+def sources(tmp_path, hub) -> dict[str, str]:
+    """An official name and one file of each kind that has no use for some option."""
+    dinoreg.save(randomised(SMALL), tmp_path / "own.safetensors")
+    torch.save(randomised(SMALL).state_dict(), tmp_path / "official.pth")
+    save_with_a_head(tmp_path / "classifier.pth", "backbone.", "linear_head.", 768)
+    names = ("own.safetensors", "official.pth", "classifier.pth", "vits14_reg")
+    return {name: str(tmp_path / name) if "." in name else name for name in names}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("own.safetensors", ["--head", "head.pth"]),
+        ("own.safetensors", ["--head", ""]),
+        ("own.safetensors", ["--num-heads", "6"]),
+        ("own.safetensors", ["--prefix", "x."]),
+        ("own.safetensors", ["--layers", "1"]),
+        ("own.safetensors", ["--registers", "0"]),
+        ("own.safetensors", ["--interpolate-offset", "0"]),
+        ("own.safetensors", ["--labels", "labels.txt"]),
+        ("official.pth", ["--layers", "4"]),
+        ("official.pth", ["--labels", "labels.txt"]),
+        ("classifier.pth", ["--head", "head.pth"]),
+        ("vits14_reg", ["--layers", "4"]),
+        ("vits14_reg", ["--head", "head.pth"]),
+        ("vits14_reg", ["--num-heads", "6"]),
+        ("vits14_reg", ["--prefix", ""]),
+        ("vits14_reg", ["--labels", "labels.txt"]),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_apply(sources, name, options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("labels.txt").write_text("a\n")
+    torch.save(nn.Linear(768, 3).state_dict(), "head.pth")
+    assert convert(sources[name], "out", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{options[0]} does not apply to " in error
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--head", "missing.pth"], "missing.pth: no such file"),
+        (["--head", "official.pth"], "official.pth: no linear head of weight and bias"),
+        (["--num-heads", "0"], "num_heads is 0; the model has 6"),
+        (["--num-heads", "7"], "num_heads must divide embed_dim 384, got 7"),
+        (["--prefix", "x."], "official.pth: choose the prefix of one backbone with --prefix: ''"),
+        (["--interpolate-offset", "nan"], "interpolate_offset must be in"),
+    ],
+)
+def test_options_that_contradict_the_file(sources, options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert convert("official.pth", "out", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert not Path("out").exists()
+
+
+def test_heads_that_contradict_the_config(tmp_path, capsys):
+    convert_weights.write(randomised(TINY), tmp_path / "hf", "hf")
+    assert convert(tmp_path / "hf", tmp_path / "out", "--num-heads", 8) == 2
+    assert "num_heads is 8; the model has 4" in capsys.readouterr().err
+    assert convert(tmp_path / "hf", tmp_path / "out", "--num-heads", 4) == 0
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\xef\xbb\xbfcat\ndog\ncow\n", None),
+        (b"cat\r\ndog\r\ncow", None),
+        (b"cat\ndog\n", "expected 3 lines, none empty; got 2"),
+        (b"cat\n\ncow\n", "expected 3 lines, none empty; got 3"),
+        (b"cat\ndog\ncow\nhen\n", "expected 3 lines, none empty; got 4"),
+        (b"", "expected 3 lines, none empty; got 1"),
+        ("cat\ndog\nküh\n".encode("latin-1"), "can't decode byte"),
+        ("cat\ndog\ncow\n".encode("utf-16"), "can't decode byte"),
+    ],
+)
+def test_files_of_labels(content, message, tmp_path, capsys):
+    dinoreg.save(classifier_of_one_layer(), tmp_path / "model.safetensors")
+    (labels := tmp_path / "labels.txt").write_bytes(content)
+    status = convert(tmp_path / "model.safetensors", tmp_path / "out", "--labels", labels)
+    if message is None:
+        assert status == 0
+        assert dinoreg.load(tmp_path / "out").labels == ["cat", "dog", "cow"]
+    else:
+        assert status == 2
+        assert re.search(f"{labels}: .*{message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("dialect", ["official", "timm"])
+def test_labels_for_files_that_cannot_have_them(dialect, tmp_path, capsys):
+    options = ["--to", dialect, "--labels", tmp_path / "labels.txt"]
+    assert convert("model.safetensors", tmp_path / "out.pth", *options) == 2
+    assert f"--labels does not apply to --to {dialect}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "output, dialect, message",
+    [
+        ("", "dinoreg", "'' cannot be the output, a file"),
+        (".", "dinoreg", "'.' cannot be the output, a file"),
+        ("..", "hf", "'..' cannot be the output, an empty or new folder"),
+        ("full", "dinoreg", "'full' cannot be the output, a file"),
+        ("full", "hf", "'full' cannot be the output, an empty or new folder"),
+        ("full/file", "hf", "'full/file' cannot be the output, an empty or new folder"),
+        ("model", "timm", "model: the name must end in .safetensors or .pth"),
+        ("model.v2", "official", "model.v2: the name must end in .safetensors or .pth"),
+    ],
+)
+def test_outputs_that_are_refused(output, dialect, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dinoreg.save(randomised(SMALL), "model.safetensors")
+    Path("full").mkdir()
+    Path("full/file").write_text("mine")
+    assert convert("model.safetensors", output, "--to", dialect) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert Path("full/file").read_text() == "mine"
+    assert sorted(os.listdir()) == ["full", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "source", ["weights/x.safetensors", "here/x", "../x", "x/y.PTH", "~/x", "a/b/c"]
+)
+def test_paths_are_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_weights, "hf_folder", lambda repo: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(source)}: no such file"):
+        converted(source)
+
+
+# --------------------------------------------------------------------------------------------------
+# The boundary of the program
+
+
+def test_help_without_docstrings():
+    command = [sys.executable, "-OO", "convert_weights.py", "-h"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 0
+    assert "--registers" in result.stdout
+
+
+def test_an_interrupted_conversion(tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dinoreg, "read_tensors", interrupt)
+    assert convert(tmp_path / "model.pth", tmp_path / "out") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_names_are_printed_on_one_line_without_escapes(tmp_path, capsys):
+    model = classifier_of_one_layer()
+    model.labels[0] = ESCAPE = "\x1b]0;x\x07\n"
+    dinoreg.save(model, tmp_path / "model.safetensors")
+    assert convert(tmp_path / "model.safetensors", tmp_path / f"out{ESCAPE}") == 0
+    assert convert(tmp_path / f"missing{ESCAPE}", tmp_path / "out") == 2
+    state = prefixed("a.", randomised(SMALL).state_dict()) | {f"b{ESCAPE}": torch.zeros(2)}
+    torch.save(state, tmp_path / "model.pth")
+    assert convert(tmp_path / "model.pth", tmp_path / "out") == 0
+    output, error = capsys.readouterr()
+    assert "\x1b" not in output + error
+    assert all(line.startswith("convert_weights: ") for line in error.splitlines())
