@@ -33,6 +33,7 @@ from tqdm import tqdm
 import common
 import dinoreg
 import labeled
+import patches
 import segmentation
 from dinoreg import DinoVisionTransformer
 from segmentation import IGNORED, Classes, View, patch_features, read_mask
@@ -94,26 +95,26 @@ class ExampleSegmenter:
                 x = read(photo, backbone)
             except (OSError, ValueError) as error:
                 raise ValueError(f"{photo}: {dinoreg.reason(error)}") from None
-            patches = run_tiles(partial(patch_features, backbone), x, tile, backbone)  # (D, h, w)
-            if not patches.isfinite().all():
+            grid = run_tiles(partial(patch_features, backbone), x, tile, backbone)  # (D, h, w)
+            if not grid.isfinite().all():
                 raise ValueError(f"{photo}: the model returns NaN or infinity")
             of_class = torch.from_numpy(mask) == torch.arange(len(classes))[:, None, None]
-            share = F.adaptive_avg_pool2d(of_class.float(), patches.shape[1:]).to(x.device)
+            share = F.adaptive_avg_pool2d(of_class.float(), grid.shape[1:]).to(x.device)
             known = share.sum(dim=0) > 0.5  # (h, w)
-            tokens.append(patches[:, known].mT)
+            tokens.append(grid[:, known].mT)
             shares.append(share[:, known].mT)
         self.tokens, self.shares = torch.cat(tokens), torch.cat(shares)  # (n, D), (n, K)
         if not len(self.tokens):
             raise ValueError(f"{examples[0][0]}: its mask has no labeled pixels")
 
     def __call__(self, x: Tensor) -> Tensor:
-        patches = patch_features(self.backbone, x).movedim(1, -1)  # (B, h, w, D)
-        queries = patches.flatten(0, 2)
+        grid = patch_features(self.backbone, x).movedim(1, -1)  # (B, h, w, D)
+        queries = grid.flatten(0, 2)
         votes = labeled.vote(self.tokens, self.shares, queries, NEIGHBORS)  # (B * h * w, K)
         nearest = labeled.vote(self.tokens, self.tokens, queries, 1)  # (B * h * w, D)
         similarity = F.cosine_similarity(queries, nearest, dim=1)
         output = torch.cat([votes, similarity[:, None]], dim=1)
-        return output.unflatten(0, patches.shape[:3]).movedim(-1, 1)
+        return output.unflatten(0, grid.shape[:3]).movedim(-1, 1)
 
 
 AnySegmenter = segmentation.Segmenter | ExampleSegmenter
@@ -185,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     pictures, masks = (
         common.name_pictures(images, args.output, kind) for kind in ("segments", "mask")
     )
-    segmentation.keep_inputs(pictures + masks, [*images, *itertools.chain(*(args.like or ()))])
+    patches.check_outputs(pictures + masks, [*images, *itertools.chain(*(args.like or ()))])
     args.output.mkdir(parents=True, exist_ok=True)
     bar = tqdm(images, unit="image", disable=None)
     for path, picture, mask_path in zip(bar, pictures, masks):

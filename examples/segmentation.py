@@ -4,7 +4,7 @@ import colorsys
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -139,14 +139,6 @@ def draw(views: list[View], shares: dict[str, float], classes: Classes, width: i
         pen.text((x + 20, y - 2), text, fill="black", font=font)
         x += length + 16
     return picture.crop((0, 0, picture.width, y + 24))
-
-
-def keep_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raise a ValueError if a file to write is one of those to read."""
-    inputs = {path.resolve() for path in inputs}
-    for path in outputs:
-        if path.resolve() in inputs:
-            raise ValueError(f"{path}: would be overwritten; choose another --output")
 
 
 # Scores -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ The protocol is the official linear evaluation (dinov2/eval/segmentation): batch
 layer on the normalized patch tokens of the last block or the last four, logits upsampled
 bilinearly, cross entropy, AdamW. Photos keep their aspect ratio and are not augmented, so the
 backbone runs once: its features are cached in float16. Training is shorter than the official 40,000
-steps, at ten times the learning rate.
+steps, at ten times the learning rate, and the loss takes every second row and column of pixels.
 """
 
 import argparse
@@ -98,8 +98,8 @@ def compute_features(
 def train(
     model: Segmenter, pairs: list[Pair], cache: features.Cache, ignore: int, steps: int
 ) -> None:
-    """Train the head on the cached features of photos and their masks, resized to the input of the
-    model.
+    """Train the head on the cached features of photos, and on their masks resized to half of the
+    model's input.
     """
     device, P = model.backbone.pos_embed.device, model.backbone.patch_size
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
@@ -122,8 +122,10 @@ def train(
         loss, labeled = 0, 0
         for x, part, mask in zip(tokens, logits.split([x[0].numel() for x in tokens], 1), masks):
             h, w = x.shape[1:]
-            mask = Image.fromarray(mask).resize((w * P, h * P), Image.Resampling.NEAREST)
-            mask = torch.from_numpy(np.array(mask)).to(device).long()  # (H, W)
+            # Every second row and column of pixels: a quarter of the work, the same accuracy.
+            size = w * P // 2, h * P // 2
+            mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
+            mask = torch.from_numpy(np.array(mask)).to(device).long()  # (H / 2, W / 2)
             pixels = F.interpolate(part.unflatten(1, (h, w))[None], mask.shape, mode="bilinear")
             loss += F.cross_entropy(pixels, mask[None], ignore_index=IGNORED, reduction="sum")
             labeled += (mask != IGNORED).sum().item()
@@ -155,7 +157,8 @@ def check_output(path: Path, model: str) -> None:
         raise ValueError(f"{path}: {problem}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: not a regular file")
-    segmentation.keep_inputs([path], [Path(model)])
+    if path.resolve() == Path(model).resolve():
+        raise ValueError(f"{path} is the --model: choose another --output")
 
 
 def run(args: argparse.Namespace) -> int:

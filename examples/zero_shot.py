@@ -33,6 +33,7 @@ import common
 import dinoreg
 import features
 import segmentation
+from patches import check_outputs
 
 BACKBONE = "dinov2_vitl14_reg4_pretrain.pth"
 FILE = "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l_{}.pth"  # of the vision_head, of the text_encoder
@@ -260,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--segment takes at most 255 classes, got {len(names)}")
     paths, failed = dinoreg.find_images(args.images), False
     pictures = common.name_pictures(paths, args.output, "classes")
-    segmentation.keep_inputs(pictures if args.segment else (), paths)
+    check_outputs(pictures if args.segment else (), paths)
     head = load(VisionHead, fetch("vision_head"))
     size = args.resolution if args.segment else args.size
     backbone = common.load_backbone(args.model, args.device, size=size, whole=args.segment)
@@ -269,10 +270,9 @@ def run(args: argparse.Namespace) -> int:
     text = encode_classes([*prompts.values()], args.device, not args.no_cache).to(args.device)
     model = DinoTxt(backbone, head).to(args.device)
 
-    P, transform = backbone.patch_size, backbone.transform
-    options = {"keep_aspect": args.segment, "patch_size": P, "normalized": False}
-    read = partial(features.read_image, transform=transform, **options)
-    results = features.compute(partial(compare, model, text), read, paths, transform)
+    options = {"keep_aspect": args.segment, "patch_size": backbone.patch_size, "normalized": False}
+    read = partial(features.read_image, transform=backbone.transform, **options)
+    results = features.compute(partial(compare, model, text), read, paths, backbone.transform)
     width = max(len(dinoreg.printable(str(path))) for path in paths)
     bar = tqdm(paths, unit="image", disable=None)
     for path, picture, result in zip(bar, pictures, results):

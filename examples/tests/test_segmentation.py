@@ -358,7 +358,7 @@ def test_errors_of_training_are_one_line(call, data, model):
         ([images, masks, "--resolution", 3], "images must have at least 4 pixels"),
         ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
         ([images, masks, "--output", ""], "argument -o/--output: must not be empty"),
-        ([images, masks, "--output", model], "would be overwritten"),
+        ([images, masks, "--output", model], "is the --model: choose another"),
         ([images, masks, "--output", data / "pipe.safetensors"], "not a regular file"),
         (
             [images, masks, "--output", data / "nowhere" / "x.safetensors"],
@@ -818,7 +818,7 @@ def test_results_never_replace_a_photo(data, model, call):
     before = (folder / "0_mask.png").read_bytes()
     arguments = [folder, "--weights", data / "a.safetensors", "--output", folder]
     status, _, (error,) = call(segment, *arguments)
-    assert status == 2 and "0_mask.png: would be overwritten" in error
+    assert status == 2 and "0_mask.png is one of the images" in error
     assert (folder / "0_mask.png").read_bytes() == before and len(os.listdir(folder)) == 9
 
 

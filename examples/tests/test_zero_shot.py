@@ -416,7 +416,7 @@ def test_a_picture_never_replaces_a_photo(hub, call, photos):
     before = photo.read_bytes()
     options = ("--classes", *CLASSES, "--segment", "--resolution", 56, "-o", photo.parent)
     status, _, err = call(photo.parent, *options)
-    assert status == 2 and "wide_classes.png: would be overwritten" in err
+    assert status == 2 and "wide_classes.png is one of the images" in err
     assert photo.read_bytes() == before
 
 
