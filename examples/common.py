@@ -12,17 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dinoreg
 
 
-def main(
-    run: Callable[[argparse.Namespace], int],
-    add_options: Callable[[argparse.ArgumentParser], None],
-    argv: list[str] | None = None,
-) -> int:
+def main(run: Callable, add_options: Callable, argv: list[str] | None = None) -> int:
     """Exit status of a script: that of `run`, which is 1 if some inputs failed; 2, and one line on
     standard error, if it could not run; 130 if it was interrupted."""
     module = sys.modules[run.__module__]
     script = Path(module.__file__)
-    description = (module.__doc__ or "").partition("\n")[0]  # python -OO removes docstrings
-    parser = argparse.ArgumentParser(script.name, description=description)
+    head = (module.__doc__ or "").partition("\n")[0]  # python -OO removes docstrings
+    parser = argparse.ArgumentParser(script.name, description=head)
     add_options(parser)
     args = parser.parse_args(argv)
 
@@ -30,6 +26,8 @@ def main(
         try:
             return run(args)
         except ModuleNotFoundError as error:  # packages are imported where they are used
+            if "." in (error.name or ""):  # a part of a package that is there
+                raise
             advice = f"see the head of {script.name} for what to install"
             raise ValueError(f"{error}: {advice}") from error
 
@@ -61,9 +59,8 @@ def output(text: str) -> Path:
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them"
-    )
+    text = "image files, or folders of them"
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help=text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -94,8 +91,7 @@ def add_resolution(parser: argparse.ArgumentParser, default: int | None = None) 
 
 
 def add_stride(parser: argparse.ArgumentParser) -> None:
-    text = "distance between patches, a divisor of the patch size, such as half of it for a grid "
-    text += "twice as dense (default: the patch size)"
+    text = "distance between patches, a divisor of the patch size (default: the patch size)"
     parser.add_argument("--stride", type=positive, metavar="PIXELS", help=text)
 
 
@@ -105,23 +101,17 @@ def add_stride(parser: argparse.ArgumentParser) -> None:
 def load_backbone(source: str, device: str = "cpu", **options) -> dinoreg.DinoVisionTransformer:
     """The backbone of an official model or of a file; for the options see `set_input`."""
     model = dinoreg.load(source, device=device)
-    backbone = model.backbone if isinstance(model, dinoreg.LinearClassifier) else model
+    backbone = getattr(model, "backbone", model)  # of a classifier
     set_input(backbone, **options)
     return backbone
 
 
-def set_input(
-    backbone: dinoreg.DinoVisionTransformer,
-    size: int | None = None,
-    whole: bool = False,
-    stride: int | None = None,
-) -> None:
+def set_input(backbone, size: int | None = None, whole=False, stride: int | None = None) -> None:
     """Change the images that a backbone's transform makes, and the distance between its patches.
 
-    size is the side of a square crop in pixels, by default the transform's. With whole, images are
-    resized instead to as many pixels as a square of this side has, by default as in training; read
-    them with keep_aspect=True. Raises a ValueError for what the model cannot take.
-    """
+    size is the side of a square crop, by default the transform's. With whole, images are resized to
+    as many pixels as a square of this side has, by default as in training: read them with
+    keep_aspect=True. Raises a ValueError for what the model cannot take."""
     P = backbone.patch_size
     if stride is not None:
         if P % stride:
@@ -148,3 +138,13 @@ def name_pictures(images: Iterable[Path], folder: Path, kind: str) -> list[Path]
         taken.add(name)
         pictures.append(folder / f"{name}_{kind}.png")
     return pictures
+
+
+def check_outputs(outputs: Iterable[Path], images: Iterable[Path]) -> None:
+    """Raise a ValueError if an output file would replace an image, a folder or a device."""
+    inputs = {os.path.realpath(path) for path in images}
+    for path in outputs:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: not a regular file")
+        if os.path.realpath(path) in inputs:
+            raise ValueError(f"{path} is one of the images: choose another --output")

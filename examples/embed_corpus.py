@@ -49,7 +49,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from pyarrow import dataset
 
 import common
 import dinoreg
@@ -89,6 +88,8 @@ def read_inputs(source: str, output: str) -> tuple[pa.Table, list[str]]:
         # A name that is not UTF-8 is escaped, and then no such file: an error of that image alone.
         names = [file.encode(errors="backslashreplace").decode() for file in files]
         return pa.table({"path": names}), []
+    from pyarrow import dataset  # takes long
+
     rows = dataset.dataset(tables, filesystem=filesystem)
     kinds = {field.name: str(field.type).removeprefix("large_") for field in rows.schema}
     if kinds.get("uri") != "string" or kinds.get("bytes", "binary") != "binary":
@@ -236,12 +237,11 @@ def write(rows: pa.Table, folder: str, schema: pa.Schema) -> pa.Table:
 
 def read_bytes(files: list[str], todo: pa.Table) -> Iterator[tuple[str, bytes]]:
     """The paths of todo that are in Parquet files, each with its image file."""
-    storage, _ = fsspec.url_to_fs(files[0])
-    sources = [fsspec.url_to_fs(file)[1] for file in files]
-    tables = dataset.dataset(sources, filesystem=storage)
-    for batch in tables.to_batches(["uri", "bytes"], batch_size=BLOCK):
-        rows = select(pa.table(batch.columns, ["path", "bytes"]), todo)
-        yield from zip(rows["path"].to_pylist(), rows["bytes"].to_pylist())
+    for file in files:
+        filesystem, path = fsspec.url_to_fs(file)
+        for batch in pq.ParquetFile(path, filesystem=filesystem).iter_batches(BLOCK):
+            rows = select(pa.table([batch["uri"], batch["bytes"]], ["path", "bytes"]), todo)
+            yield from zip(rows["path"].to_pylist(), rows["bytes"].to_pylist())
 
 
 def run_here(paths: pa.Table, files: list[str], model, args: argparse.Namespace) -> None:

@@ -118,7 +118,7 @@ def describe(
 
 def run(args: argparse.Namespace) -> int:
     images = dinoreg.find_images(args.images)
-    patches.check_outputs([args.output], images)
+    common.check_outputs([args.output], images)
     models = load_models(args)
     for source, model in models.items():
         if not set(args.layers) <= set(range(-model.n_blocks, model.n_blocks)):

@@ -127,7 +127,7 @@ def describe(record: dict) -> str:
 def run(args: argparse.Namespace) -> int:
     images, unreadable = dinoreg.find_images(args.images), dict[Path, str]()
     pictures = dict(zip(images, common.name_pictures(images, args.output, "object")))
-    patches.check_outputs(pictures.values(), images)
+    common.check_outputs(pictures.values(), images)
     options = dict(size=args.resolution, whole=True, stride=args.stride)
     model = common.load_backbone(args.model, args.device, **options)
     bias = BIAS[args.features] if args.bias is None else args.bias

@@ -1,7 +1,6 @@
 """Patch features of photos as pictures: principal components, foreground, colors."""
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -114,13 +113,3 @@ def read_photos(
             unreadable[path] = x
         else:
             yield path, x
-
-
-def check_outputs(outputs: Iterable[Path], images: Iterable[Path]) -> None:
-    """Raise a ValueError if an output file would replace an image, a folder or a device."""
-    inputs = {os.path.realpath(path) for path in images}
-    for path in outputs:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path}: not a regular file")
-        if os.path.realpath(path) in inputs:
-            raise ValueError(f"{path} is one of the images: choose another --output")

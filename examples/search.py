@@ -136,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.folder}: no such folder")
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder")
+    if args.output and args.query:
+        common.check_outputs([args.output], [args.query])
     model = common.load_backbone(args.model, args.device)
     if is_corpus:
         names, vectors = read_corpus(args.folder, model)

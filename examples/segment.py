@@ -33,7 +33,6 @@ from tqdm import tqdm
 import common
 import dinoreg
 import labeled
-import patches
 import segmentation
 from dinoreg import DinoVisionTransformer
 from segmentation import IGNORED, Classes, View, patch_features, read_mask
@@ -186,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     pictures, masks = (
         common.name_pictures(images, args.output, kind) for kind in ("segments", "mask")
     )
-    patches.check_outputs(pictures + masks, [*images, *itertools.chain(*(args.like or ()))])
+    common.check_outputs(pictures + masks, [*images, *itertools.chain(*(args.like or ()))])
     args.output.mkdir(parents=True, exist_ok=True)
     bar = tqdm(images, unit="image", disable=None)
     for path, picture, mask_path in zip(bar, pictures, masks):

@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     if args.npy and len({Path(name).stem for name in models}) < len(models):
         raise ValueError("--npy names files by model: give models of different names")
     pictures = dict(zip(images, common.name_pictures(images, args.output, "features")))
-    patches.check_outputs(pictures.values(), images)
+    common.check_outputs(pictures.values(), images)
     if args.add_register:
         for model in models.values():
             registers_at_test_time.move_outliers(model, images, args.add_register)

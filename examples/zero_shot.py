@@ -33,7 +33,6 @@ import common
 import dinoreg
 import features
 import segmentation
-from patches import check_outputs
 
 BACKBONE = "dinov2_vitl14_reg4_pretrain.pth"
 FILE = "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l_{}.pth"  # of the vision_head, of the text_encoder
@@ -261,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--segment takes at most 255 classes, got {len(names)}")
     paths, failed = dinoreg.find_images(args.images), False
     pictures = common.name_pictures(paths, args.output, "classes")
-    check_outputs(pictures if args.segment else (), paths)
+    common.check_outputs(pictures if args.segment else (), paths)
     head = load(VisionHead, fetch("vision_head"))
     size = args.resolution if args.segment else args.size
     backbone = common.load_backbone(args.model, args.device, size=size, whole=args.segment)

@@ -256,7 +256,7 @@ def test_images_in_parquet_with_patch_tokens(call, tmp_path, model, output):
     first = set(output.iterdir())
 
     # More images, by the same command; a bad one is among them.
-    write_table(tmp_path / "tables" / "1.parquet", label=[7] * 8, uri=uris[4:], bytes=files[4:])
+    write_table(tmp_path / "tables" / "1.parquet", bytes=files[4:], label=[7] * 8, uri=uris[4:])
     assert call(*arguments) == (1, f"{output}: 12 images, 1 of which could not be read\n", [])
     assert first < set(output.iterdir())
     check_patches(output, paths, model)
