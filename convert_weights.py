@@ -633,7 +633,7 @@ def run(args: argparse.Namespace) -> int:
     folder = os.path.isdir(output) and (dialect != "hf" or os.listdir(output))
     if folder or Path(output).name in ("", "..") or (dialect == "hf" and os.path.isfile(output)):
         kind = "an empty or new folder" if dialect == "hf" else "a file"
-        raise OSError(f"{output!r} cannot be the output, {kind}")
+        raise OSError(f"{output!r} cannot be the output: give {kind}")
     if dialect in ("official", "timm") and Path(output).suffix not in SUFFIXES:
         raise ValueError(f"{output}: the name must end in {' or '.join(SUFFIXES)}")
     if names is not None and dialect in ("official", "timm"):

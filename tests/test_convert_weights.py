@@ -1067,12 +1067,12 @@ def test_labels_for_files_that_cannot_have_them(dialect, tmp_path, capsys):
 @pytest.mark.parametrize(
     "output, dialect, message",
     [
-        ("", "dinoreg", "'' cannot be the output, a file"),
-        (".", "dinoreg", "'.' cannot be the output, a file"),
-        ("..", "hf", "'..' cannot be the output, an empty or new folder"),
-        ("full", "dinoreg", "'full' cannot be the output, a file"),
-        ("full", "hf", "'full' cannot be the output, an empty or new folder"),
-        ("full/file", "hf", "'full/file' cannot be the output, an empty or new folder"),
+        ("", "dinoreg", "'' cannot be the output: give a file"),
+        (".", "dinoreg", "'.' cannot be the output: give a file"),
+        ("..", "hf", "'..' cannot be the output: give an empty or new folder"),
+        ("full", "dinoreg", "'full' cannot be the output: give a file"),
+        ("full", "hf", "'full' cannot be the output: give an empty or new folder"),
+        ("full/file", "hf", "'full/file' cannot be the output: give an empty or new folder"),
         ("model", "timm", "model: the name must end in .safetensors or .pth"),
         ("model.v2", "official", "model.v2: the name must end in .safetensors or .pth"),
     ],
