@@ -58,9 +58,10 @@ class Files(Sequence):
             seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             inside = os.path.relpath(here, folder)
+            prefix = os.fsencode("" if inside == "." else inside + os.sep)
             for name in sorted(files):
                 if not name.startswith(".") and is_image(os.path.splitext(name)[1].lower()):
-                    names += os.fsencode(os.path.normpath(os.path.join(inside, name)))
+                    names += prefix + os.fsencode(name)
                     ends.append(len(names))
         if not names:
             raise ValueError(f"{folder}: no folder with images")
@@ -247,9 +248,11 @@ def normalize(pixels: Tensor, transform: dinoreg.Transform) -> Tensor:
 
 
 def make_probe(run: "Run", args) -> Callable | None:
-    """A function that measures the k-NN accuracy of a function of images. None if they have no
-    classes or are not read as `dinoreg.preprocess` does, or if the backbone never changes. Without --val, the queries are a tenth of
-    the images.
+    """A function that measures the k-NN accuracy of a function of images. Without --val, the
+    queries are a tenth of the images.
+
+    None if they have no classes or are not read as `dinoreg.preprocess` does, or if the backbone
+    never changes.
     """
     files, backbone = run.files, run.student.backbone
     sample = files[:: math.ceil(len(files) / 10000)]
@@ -319,7 +322,7 @@ def describe_memory(student, teacher, recipe, args) -> str:
         fixed, each = estimate_memory(student, teacher, recipe, checkpointing)
         needed.append(fixed + each * images)
         option = f"with{'' if checkpointing else 'out'} --checkpointing"
-        texts.append(f"{needed[-1]:.1f} GiB {option} ({fixed:.1f} + {each:.3f} an image)")
+        texts.append(f"{needed[-1]:.3g} GiB {option} ({fixed:.3g} + {each:.3g} an image)")
     text = f"memory of a GPU for {images} images at once: {', '.join(texts)}"
     if args.device.startswith("cuda"):
         has = torch.cuda.get_device_properties(args.device).total_memory / 2**30

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class DINOHead(nn.Module):
-    """MLP, then cosines with K prototypes, times a learnt length of each: (..., in_dim) ->
+    """MLP, then cosines with K prototypes, times a learned length of each: (..., in_dim) ->
     (..., out_dim = K). The last layer has the parameters of the official nn.utils.weight_norm.
     Official: dinov2/layers/dino_head.py."""
 
@@ -96,7 +96,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 def softmax_center(
     logits: Tensor, temperature: float, center: Tensor, momentum: float = 0.9
 ) -> Tensor:
-    """Softmax of logits (B, K) less the centre (1, K), float32. The centre then moves towards their
+    """Softmax of logits (B, K) less the center (1, K), float32. The center then moves towards their
     mean, in place.
     Official: DINOLoss.softmax_center_teacher and update_center."""
     logits = logits.float()

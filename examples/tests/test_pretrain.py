@@ -983,19 +983,19 @@ def test_presets_are_complete():
     assert pretrain.PRESETS["official"][0].ffn == "swiglu"  # ffn_layer of vitl14.yaml
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(run, folder, tmp_path):
-    options = ("--drop-path-rate", "0", "--epochs", "2")
+@pytest.mark.parametrize("start", ["scratch", "weights"])
+def test_two_processes_compute_what_one_does(run, folder, tmp_path, trained, start):
+    options = ["--drop-path-rate", "0", "--epochs", "2"]
+    if start == "weights":  # the heads learn alone in the first epoch
+        model = trained / "teacher.safetensors"
+        options += ["--model", model, "--freeze-epochs", "1", "--warmup-epochs", "0"]
     run(folder, tmp_path / "one", *options)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += [SCRIPT, folder, "-o", tmp_path / "two", *TINY, *ARCHITECTURE, *options]
+    new = ARCHITECTURE if start == "scratch" else []
+    command = [*TORCHRUN, SCRIPT, folder, "-o", tmp_path / "two", *TINY, *new, *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
@@ -1020,9 +1020,6 @@ def start(prefix, folder, output, *options):
         text=True,
         start_new_session=True,
     )
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.slow
