@@ -35,20 +35,16 @@ from torch import Tensor, nn
 
 import common
 import dinoreg
+from features import fingerprint
+from pretrain_images import Crops, Files, make_probe, read_batches, thumbnails
 from pretrain_run import (
     HEADS,
-    Crops,
-    Files,
     Run,
     collect_signals,
     describe_memory,
     get_processes,
-    identify,
-    make_probe,
-    read_batches,
     read_checkpoint,
     start_processes,
-    thumbnails,
 )
 from training_parts import (
     DINOHead,
@@ -431,7 +427,7 @@ def make_student(
     student = Network(backbone, recipe)
     if saved:  # the positions may have been resized
         student.load_state_dict(saved["ema"] | backbone.state_dict(prefix="backbone."))
-    return student, recipe, identify(source) if source else None
+    return student, recipe, fingerprint(source) if source else None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -455,7 +451,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--teacher has patches of {frozen.patch_size} pixels, not of {P}")
         frozen.transform = frozen.transform.at_size(recipe.global_size)
         student.backbone.transform = frozen.transform
-        sources["teacher"] = identify(frozen)
+        sources["teacher"] = fingerprint(frozen)
         teacher = Network(frozen, recipe)
     if args.dry_run:
         print(describe_memory(student, teacher, student_recipe, args))

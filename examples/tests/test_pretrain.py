@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 import dinoreg
 import pretrain
+import pretrain_images
 import pretrain_run
 import training_parts
 
@@ -454,7 +455,7 @@ def test_paths_of_many_files_are_two_tensors(tmp_path):
 
 
 def test_levels_and_channels_of_images(tmp_path):
-    read, levels = pretrain_run.read_image, np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    read, levels = pretrain_images.read_image, np.arange(4096, dtype=np.uint16).reshape(64, 64)
     Image.fromarray(levels).save(tmp_path / "x.png")
     Image.fromarray(levels).save(tmp_path / "x.tif")
     np.save(tmp_path / "x.npy", levels)
@@ -539,7 +540,7 @@ def test_a_batch_has_all_images_and_evenly_spread_masks(folder):
     assert all(
         low - 0.02 < share <= high for share, low, high in zip(shares[24:], bounds, bounds[1:])
     )
-    assert sorted(pretrain_run.permutation(24, 0, 0, 0)) == list(range(24))
+    assert sorted(pretrain_images.permutation(24, 0, 0, 0)) == list(range(24))
 
 
 # Runs
@@ -739,7 +740,7 @@ def test_distillation(run, folder, tmp_path, trained, monkeypatch):
     weights, size = tmp_path / "large.safetensors", sum(p.nbytes for p in large.parameters())
     dinoreg.save(large, weights)
     live, means, steps = [], [], []
-    step, normalize = pretrain.train_step, pretrain_run.normalize
+    step, normalize = pretrain.train_step, pretrain_images.normalize
 
     def observe(*args):
         result = step(*args)
@@ -753,7 +754,7 @@ def test_distillation(run, folder, tmp_path, trained, monkeypatch):
         return normalize(pixels, transform)
 
     monkeypatch.setattr(pretrain, "train_step", observe)
-    monkeypatch.setattr(pretrain_run, "normalize", note)
+    monkeypatch.setattr(pretrain_images, "normalize", note)
     del large
     before = measure_live_bytes()
     options = ("--teacher", weights, "--freeze-epochs", 1, "--centering", "centering")
@@ -952,13 +953,13 @@ def test_dry_run(run, folder, tmp_path):
 
 
 def test_pixels_are_compared_as_thumbnails(run, folder, tmp_path, monkeypatch):
-    shapes, knn = [], pretrain_run.knn_accuracy
+    shapes, knn = [], pretrain_images.knn_accuracy
 
     def observe(function, **options):
         shapes.append(function(torch.zeros(2, 3, 42, 42)).shape[1])
         return knn(function, **options)
 
-    monkeypatch.setattr(pretrain_run, "knn_accuracy", observe)
+    monkeypatch.setattr(pretrain_images, "knn_accuracy", observe)
     run(folder, tmp_path / "run", "--epochs", 1, "--global-size", 42)
     assert shapes == [3 * 16 * 16, 16, 16]
 
