@@ -637,7 +637,7 @@ def open_image(source) -> Image.Image:
     if isinstance(source, BYTES):
         source = io.BytesIO(source)
     elif not isinstance(source, io.IOBase) and not os.path.isfile(source):  # a pipe could block
-        raise FileNotFoundError("no such image file (a URL has to be downloaded first)")
+        raise FileNotFoundError("no such image file, nor folder with images (download URLs first)")
     try:
         return Image.open(source)
     except UnidentifiedImageError:
@@ -1006,10 +1006,12 @@ def run(args: argparse.Namespace) -> int:
 
     dtype = best_dtype(args.device) if args.fast else torch.float32
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
-    backbone = args.model.removeprefix("dinov2_") in CONFIGS  # is not even downloaded
+    backbone = args.model.removeprefix("dinov2_") in CONFIGS  # fail before a download
     model = None if backbone else load(args.model, args.layers, args.device, dtype, mmap=True)
-    if not isinstance(model, LinearClassifier) or model.linear_head.out_features == 1:
+    if not isinstance(model, LinearClassifier):
         raise ValueError(f"{args.model} has no classifier; those of official models end in _lc")
+    if model.linear_head.out_features == 1:
+        raise ValueError(f"the head of {args.model} has a single output: no class probabilities")
     size = (args.size, args.size) if args.size else model.transform.size
     if size and not args.keep_aspect:
         model.backbone.fix_image_size(*size)
@@ -1039,7 +1041,7 @@ def best_device() -> str:
 
 
 def best_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where the processor states that it computes in it, else float32."""
+    """bfloat16 where the processor reports support for it, else float32."""
     cuda, info = str(device).startswith("cuda"), Path("/proc/cpuinfo")
     flags = info.read_text() if str(device) == "cpu" and info.exists() else ""
     stated = re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", flags)  # of x86; of Arm

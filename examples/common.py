@@ -123,8 +123,8 @@ def set_input(backbone, size: int | None = None, whole=False, stride: int | None
         size = size or round(math.sqrt(math.prod(backbone.config.grid)) * P)
     if size:
         backbone.transform = backbone.transform.at_size(size)
-    if backbone.transform.size is None:
-        raise ValueError("this model's transform keeps the shape of an image: --size is needed")
+    if backbone.transform.size is None and not whole:
+        raise ValueError("this model's transform keeps the shape of images; one size is needed")
 
 
 def name_pictures(images: Iterable[Path], folder: Path, kind: str) -> list[Path]:
@@ -138,13 +138,3 @@ def name_pictures(images: Iterable[Path], folder: Path, kind: str) -> list[Path]
         taken.add(name)
         pictures.append(folder / f"{name}_{kind}.png")
     return pictures
-
-
-def check_outputs(outputs: Iterable[Path], images: Iterable[Path]) -> None:
-    """Raise a ValueError if an output file would replace an image, a folder or a device."""
-    inputs = {os.path.realpath(path) for path in images}
-    for path in outputs:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path}: not a regular file")
-        if os.path.realpath(path) in inputs:
-            raise ValueError(f"{path} is one of the images: choose another --output")

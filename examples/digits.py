@@ -20,7 +20,6 @@ The bundled `examples/digits.safetensors` was trained this way.
 
 import argparse
 import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 import common
 import dinoreg
+import outputs
 
 HERE = Path(__file__).parent
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -162,6 +162,9 @@ CONFIG = dinoreg.Config(
 
 def read_folder(folder: Path) -> tuple[Tensor, Tensor]:
     """The images (M, C, H, W) in the folders of the ten classes, and their classes (M,)."""
+    for label in LABELS:
+        if not (folder / label).is_dir():
+            raise ValueError(f"{folder / label}: no such folder; write the digits first")
     paths = [dinoreg.find_images([folder / label]) for label in LABELS]
     x = torch.stack([dinoreg.preprocess(path, SIZE) for path in itertools.chain(*paths)])
     return x, torch.arange(10).repeat_interleave(torch.tensor([*map(len, paths)]))
@@ -223,13 +226,10 @@ def run(args: argparse.Namespace) -> int:
         write = write_scenes if args.scenes else write_digits
         write(args.folder, load_digits())
         return 0
-    output = args.output
-    usable = os.access(output.parent, os.W_OK) and (output.is_file() or not output.exists())
-    if not usable or output.suffix != ".safetensors":
-        raise ValueError(f"{output}: must be a .safetensors file in a folder that is writable")
+    outputs.check_new_file(args.output, ".safetensors")
     model, result = train(args.folder, args.epochs, args.device)
-    dinoreg.save(model, output)
-    print(f"{dinoreg.printable(str(output))} written: {result}")
+    dinoreg.save(model, args.output)
+    print(f"{dinoreg.printable(str(args.output))} written: {result}")
     return 0
 
 

@@ -64,7 +64,7 @@ ROWS = 1024  # in a Parquet file, at least; a killed run loses what it has not w
 def find_files(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
     """The files in a folder or of a glob, without hidden ones, which may be unfinished."""
     files = filesystem.glob(path) if "*" in path else filesystem.find(path)
-    start = len(path.partition("*")[0])
+    start = max(0, len(path.partition("*")[0]) - 1)
     return [file for file in files if "/." not in file[start:]]
 
 
@@ -365,7 +365,7 @@ def run(args: argparse.Namespace) -> int:
         run_here(paths, files, model, args)
     _, rows = read_output(args.output, ["error"])
     failed = len(rows) - rows["error"].null_count
-    print(f"{args.output}: {len(rows)} images, {failed} of which could not be read")
+    print(f"{args.output}: {len(rows)} images, {failed} of them without an embedding")
     return 1 if failed else 0
 
 

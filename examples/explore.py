@@ -25,6 +25,7 @@ from torch import Tensor
 
 import common
 import dinoreg
+import outputs
 import patches
 from visualize import add_shared_options, load_models, map_photos
 
@@ -118,7 +119,9 @@ def describe(
 
 def run(args: argparse.Namespace) -> int:
     images = dinoreg.find_images(args.images)
-    common.check_outputs([args.output], images)
+    outputs.check_outputs([args.output], images)
+    if not args.output.parent.is_dir():
+        raise ValueError(f"{args.output.parent}: no such folder")
     models = load_models(args)
     for source, model in models.items():
         if not set(args.layers) <= set(range(-model.n_blocks, model.n_blocks)):

@@ -50,6 +50,7 @@ from torch import Tensor
 import common
 import dinoreg
 import features
+import outputs
 
 Model = dinoreg.DinoVisionTransformer | dinoreg.LinearClassifier
 
@@ -170,12 +171,7 @@ def measure_speed(model: Model, exported: Callable, images: Tensor, turns: int) 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise a ValueError for what could not be exported, before anything takes time."""
-    output, suffix = args.output, SUFFIXES[args.to]
-    usable = os.access(output.parent, os.W_OK) and (output.is_file() or not output.exists())
-    if not usable or output.suffix != suffix:
-        raise ValueError(f"{output}: must be a {suffix} file in a folder that is writable")
-    if os.path.realpath(output) == os.path.realpath(args.model):
-        raise ValueError(f"{output} is the file of the model: choose another --output")
+    outputs.check_new_file(args.output, SUFFIXES[args.to], args.model)
     if len(args.size) > 2:
         raise ValueError("--size takes one or two numbers")
     if args.to == "onnx" and (args.batch_size, args.dtype) != (1, "float32"):

@@ -105,6 +105,20 @@ def apply(
     return compute(lambda x: function(torch.stack(x).to(device)).cpu(), read, paths, transform)
 
 
+def progress(items: Iterable, **options):
+    """The items, with a progress bar of tqdm on standard error if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, disable=None, **options)
+
+
+def write_line(text: str) -> None:
+    """Print a line of text above a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(dinoreg.printable(text))
+
+
 # A cache of features ------------------------------------------------------------------------------
 
 
@@ -160,18 +174,16 @@ class Cache:
         """Compute the features that are missing, or those of files that have changed, with a
         function of paths such as `apply`. Returns why files could not be read.
         """
-        from tqdm import tqdm
-
         with self.naming_errors():
-            stamps = dict(self.database.execute("SELECT path, stamp FROM images"))
-        missing = [path for path in paths if stamps.get(key(path)) != stamp(path)]
+            known = dict(self.database.execute("SELECT path, stamp FROM images"))
+        stamps = {path: stamp(path) for path in paths}  # before the files are read
+        missing = [path for path in paths if known.get(key(path)) != stamps[path]]
         unreadable = {}
-        bar = tqdm(missing, unit="image", disable=None)
-        for path, x in zip(bar, function(missing)):
+        for path, x in zip(progress(missing, unit="image"), function(missing)):
             if isinstance(x, str):
                 unreadable[path] = x
                 continue
-            row = key(path), stamp(path), safetensors.torch.save({"features": x})
+            row = key(path), stamps[path], safetensors.torch.save({"features": x})
             with self.naming_errors():
                 self.database.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?)", row)
         kept = f"{len(paths) - len(missing)} from the cache ({self.folder or 'no cache'})"

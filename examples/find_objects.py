@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 import common
 import dinoreg
+import outputs
 import patches
 import registers_at_test_time
+from features import write_line
 
 CANDIDATES = 100  # k of the paper: the patches of lowest degree, which may join the seed
 # Added to the similarities, in units of their mean: patches have a common component, above all in
@@ -127,7 +128,7 @@ def describe(record: dict) -> str:
 def run(args: argparse.Namespace) -> int:
     images, unreadable = dinoreg.find_images(args.images), dict[Path, str]()
     pictures = dict(zip(images, common.name_pictures(images, args.output, "object")))
-    common.check_outputs(pictures.values(), images)
+    outputs.check_outputs(pictures.values(), images)
     options = dict(size=args.resolution, whole=True, stride=args.stride)
     model = common.load_backbone(args.model, args.device, **options)
     bias = BIAS[args.features] if args.bias is None else args.bias
@@ -147,8 +148,7 @@ def run(args: argparse.Namespace) -> int:
         with dinoreg.atomic(pictures[image]) as part:
             draw(photo, mask, box).save(part)
         record = {"image": str(image), "box": box, "picture": str(pictures[image])}
-        text = json.dumps(record) if args.json else dinoreg.printable(describe(record))
-        tqdm.write(text)
+        write_line(json.dumps(record) if args.json else describe(record))
     return common.report("find_objects", unreadable)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import common  # noqa: F401 (finds dinoreg)
 import dinoreg
 import features
 
@@ -76,9 +77,10 @@ def knn_accuracy(
 
     def compute(paths: list[Path]) -> tuple[Tensor, np.ndarray]:
         results = zip(paths, features.apply(function, paths, transform, device))
-        rows, names = zip(
-            *((x.float(), path.parent.name) for path, x in results if isinstance(x, Tensor))
-        )
+        found = [(x.float(), path.parent.name) for path, x in results if isinstance(x, Tensor)]
+        if not found:
+            raise ValueError("none of the images for the k-NN accuracy can be read")
+        rows, names = zip(*found)
         return torch.stack(rows), np.array(names)
 
     (x, names), (y, truth) = compute(train), compute(queries)

@@ -380,8 +380,6 @@ def choose(args: argparse.Namespace) -> tuple[dinoreg.Config, Recipe]:
     recipe = replace(recipe, **{name: given[name] for name in vars(recipe) if name in given})
     config = dinoreg.CONFIGS.get(args.config, config)
     config = replace(config, **{name: given[name] for name in ARCHITECTURE if name in given})
-    if config.in_chans not in (1, 3) and (recipe.jitter or recipe.gray):
-        raise ValueError("hue is of 1 or 3 channels: this --in-chans needs --jitter 0 --gray 0")
     size, scale = recipe.global_size, recipe.layerscale_init
     return replace(config, image_size=size, layerscale_init=scale), recipe
 
@@ -432,17 +430,20 @@ def make_student(
 
 def run(args: argparse.Namespace) -> int:
     config, recipe = choose(args)
-    files = Files(args.folder, () if config.in_chans == 3 else (".npy",))
     args.failed = set()
     start_processes(args)
+    torch.manual_seed(recipe.seed)
+    student, student_recipe, model = make_student(args, config, recipe)
+    channels = student.backbone.config.in_chans
+    if channels not in (1, 3) and (recipe.jitter or recipe.gray):
+        raise ValueError(f"hue is of 1 or 3 channels: {channels} need --jitter 0 --gray 0")
+    files = Files(args.folder, () if channels == 3 else (".npy",))
     share = recipe.accumulate * get_processes()[1]
     if not 0 < recipe.batch_size <= len(files) or not share or recipe.batch_size % share:
         raise ValueError(
             f"--batch-size must be at most {len(files)} images, "
             f"a multiple of {share}, got {recipe.batch_size}"
         )
-    torch.manual_seed(recipe.seed)
-    student, student_recipe, model = make_student(args, config, recipe)
     sources = dict(images=files.digest(), model=model, teacher=None)
     teacher = None
     if args.teacher:
@@ -499,8 +500,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         kind = dict(type=float, nargs=len(value)) if several else dict(type=type(value))
         kind |= dict(choices=CHOICES[name]) if name in CHOICES else dict(metavar="X")
         option = f"--{name.replace('_', '-')}"
-        old = ["--grey"] if name == "gray" else []
-        constants.add_argument(option, *old, **kind, default=argparse.SUPPRESS, help=str(value))
+        constants.add_argument(option, **kind, default=argparse.SUPPRESS, help=str(value))
 
 
 def main(argv: list[str] | None = None) -> int:

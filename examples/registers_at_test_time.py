@@ -144,7 +144,9 @@ def move_outliers(model: dinoreg.DinoVisionTransformer, paths: list[Path], cutof
     are left out.
     """
     if model.num_register_tokens == 0:
-        images = (x for _, x in patches.read_photos(model, paths, {}))
+        images = [x for _, x in patches.read_photos(model, paths, {})]
+        if not images:
+            raise ValueError("--add-register: none of the images can be read")
         add_register(model, find_register_neurons(model, images, cutoff=cutoff))
 
 

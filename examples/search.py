@@ -1,6 +1,6 @@
 """Find the images in a folder that are most similar to a given one.
 
-    pip install -e ".[examples]"
+    pip install -e ".[examples]"    # to search in a corpus: ".[corpus,examples]"
     python examples/search.py FOLDER --query photo.jpg
     python examples/search.py FOLDER --query photo.jpg --output nearest.png    # draws them as well
 
@@ -28,6 +28,7 @@ from torch import Tensor
 import common
 import dinoreg
 import features
+import outputs
 import patches
 
 DUPLICATE = 0.99  # cosine similarity above which two images are listed as one
@@ -79,6 +80,8 @@ def read_corpus(folder: Path, model: dinoreg.DinoVisionTransformer) -> tuple[lis
     if features.fingerprint(model) != settings["fingerprint"]:
         raise ValueError(f"{folder}: embedded by other weights, or with another transform")
     rows = rows.filter(rows["error"].is_null())
+    if not len(rows):
+        raise ValueError(f"{folder}: none of its images has an embedding")
     vectors = np.concatenate([chunk.flatten() for chunk in rows["embedding"].chunks])
     vectors = torch.from_numpy(vectors).unflatten(0, (len(rows), -1))
     return rows["path"].to_pylist(), F.normalize(vectors, dim=1)
@@ -132,12 +135,14 @@ def shorten(text: str, width: int = 28) -> str:
 
 def run(args: argparse.Namespace) -> int:
     is_corpus = args.folder.suffix == ".parquet" or any(args.folder.glob("*.parquet"))
+    if is_corpus and not args.query:
+        raise ValueError("to search in a corpus, give --query")
     if not is_corpus and not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder")
     if args.output and args.query:
-        common.check_outputs([args.output], [args.query])
+        outputs.check_outputs([args.output], [args.query])
     model = common.load_backbone(args.model, args.device)
     if is_corpus:
         names, vectors = read_corpus(args.folder, model)

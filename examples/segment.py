@@ -28,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import common
 import dinoreg
+import features
 import labeled
+import outputs
 import segmentation
 from dinoreg import DinoVisionTransformer
 from segmentation import IGNORED, Classes, View, patch_features, read_mask
@@ -185,9 +186,9 @@ def run(args: argparse.Namespace) -> int:
     pictures, masks = (
         common.name_pictures(images, args.output, kind) for kind in ("segments", "mask")
     )
-    common.check_outputs(pictures + masks, [*images, *itertools.chain(*(args.like or ()))])
+    outputs.check_outputs(pictures + masks, [*images, *itertools.chain(*(args.like or ()))])
     args.output.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(images, unit="image", disable=None)
+    bar = features.progress(images, unit="image")
     for path, picture, mask_path in zip(bar, pictures, masks):
         try:
             views = segment(segmenter, path, args)
@@ -197,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
                 true = read_mask(true, path, classes, args.ignore)
                 confusions += segmentation.confusion(true, mask, K)
         except (OSError, ValueError) as error:
-            with tqdm.external_write_mode():
+            with bar.external_write_mode():
                 dinoreg.complain(f"{path}: {dinoreg.reason(error)}", "segment")
             failed += 1
             continue
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
             overlay.save(part, optimize=True)
         with dinoreg.atomic(mask_path) as part:
             segmentation.to_image(mask, classes).save(part)
-        with tqdm.external_write_mode():
+        with bar.external_write_mode():
             print(json.dumps(record), flush=True) if args.json else print_record(record)
     if args.truth and failed < len(images):
         scores = segmentation.score(confusions, classes)

@@ -19,7 +19,6 @@ images but those of the test are neighbors, so they do not depend on the options
 
 import argparse
 import functools
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 import common
 import dinoreg
 import features
+import outputs
 from finetuning import finetune
 from labeled import find_classes, find_labeled, vote
 
@@ -142,15 +142,6 @@ def find_images(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, i
     return names, images + [(path, i, TEST) for path, i in tests]
 
 
-def check_output(output: Path, model: str) -> None:
-    """Raise a ValueError for a file that could not be written, before anything takes time."""
-    usable = os.access(output.parent, os.W_OK) and (output.is_file() or not output.exists())
-    if not usable or output.suffix != ".safetensors":
-        raise ValueError(f"{output}: must be a .safetensors file in a folder that is writable")
-    if os.path.realpath(output) == os.path.realpath(model):
-        raise ValueError(f"{output} is the file of --model: choose another --output")
-
-
 def load_model(args: argparse.Namespace, num_classes: int) -> dinoreg.LinearClassifier:
     """A trained backbone for images of --size pixels, with a new head."""
     backbone = common.load_backbone(args.model, args.device, size=args.size)
@@ -192,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     # This fails early if there are too few.
     split(names, torch.tensor([i for _, i, part in images if part == TRAIN]), held_out)
     if not args.knn:
-        check_output(args.output, args.model)
+        outputs.check_new_file(args.output, ".safetensors", args.model)
     model = load_model(args, len(names))
     cache, unreadable = load_features(args, model, [path for path, *_ in images])
     status = common.report("train_classifier", unreadable)
@@ -206,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     x = torch.stack([cache[path] for path, *_ in images])
     report_votes(args, names, x, y, parts == TEST)
     if args.knn:
-        print("no file is written: `python -m dinoreg` serves linear classifiers")
+        print("no file is written: python -m dinoreg runs linear classifiers only")
         return status
     torch.manual_seed(0)
     x, classes = x[:, PIXELS:].to(args.device), y.to(args.device)
@@ -216,8 +207,10 @@ def run(args: argparse.Namespace) -> int:
     if args.finetune:
         train_paths, test_paths = ([images[i][0] for i in part] for part in (train, test))
         model = finetune(model, train_paths, y[train], args.epochs, not args.no_flip)
-        results = features.apply(model, test_paths, model.transform, args.device)
-        predicted = torch.stack(list(results)).argmax(dim=1)
+        results = [*features.apply(model, test_paths, model.transform, args.device)]
+        if problems := [x for x in results if isinstance(x, str)]:
+            raise ValueError(f"after fine-tuning: {problems[0]}")
+        predicted = torch.stack(results).argmax(dim=1)
         report(f"fine-tuned, {args.epochs} epochs", y[test], predicted, names)
     dinoreg.save(model, args.output, names)
     output = dinoreg.printable(str(args.output))

@@ -18,7 +18,6 @@ steps, at ten times the learning rate, and the loss takes every second row and c
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +30,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 
 import common
 import dinoreg
 import features
+import outputs
 import segmentation
 from segmentation import IGNORED, Classes, Segmenter, read_mask
 
@@ -72,7 +71,9 @@ def find_pairs(
         return 1 + int(indices[indices != IGNORED].max(initial=0))
 
     with ThreadPoolExecutor() as pool:
-        counts = list(tqdm(pool.map(count_classes, pairs), "masks", len(pairs), disable=None))
+        counts = list(
+            features.progress(pool.map(count_classes, pairs), desc="masks", total=len(pairs))
+        )
     return [pair for pair, count in zip(pairs, counts) if count], errors, max(counts, default=0)
 
 
@@ -112,7 +113,8 @@ def train(
     order = [pairs[i] for i in torch.utils.data.RandomSampler(pairs, num_samples=steps * BATCH)]
     batches = list(features.split_batches(order, BATCH))
     model.head.train()
-    bar = tqdm(zip(batches, features.read_ahead(read, batches)), "training", steps, disable=None)
+    images = zip(batches, features.read_ahead(read, batches))
+    bar = features.progress(images, desc="training", total=steps)
     for batch, masks in bar:
         # From the cache on the disk, since the features of all photos may not fit into memory.
         tokens = [cache[photo].to(device).float() for photo, _ in batch]  # (layers * D, h, w) each
@@ -142,7 +144,7 @@ def train(
 def evaluate(model: Segmenter, pairs: list[Pair], cache: features.Cache, ignore: int) -> dict:
     """The scores of the head on photos, compared with their masks at full resolution."""
     confusions = 0
-    for photo, path in tqdm(pairs, "testing", unit="image", disable=None):
+    for photo, path in features.progress(pairs, desc="testing", unit="image"):
         truth = read_mask(path, photo, model.classes, ignore)
         x = cache[photo][None].to(model.backbone.pos_embed.device).float()
         predicted = segmentation.classify_pixels(model.head(x)[0], *truth.shape)
@@ -150,19 +152,8 @@ def evaluate(model: Segmenter, pairs: list[Pair], cache: features.Cache, ignore:
     return segmentation.score(confusions, model.classes)
 
 
-def check_output(path: Path, model: str) -> None:
-    """Raise a ValueError, before minutes of training, if the head could not be saved there."""
-    if path.suffix != ".safetensors" or not os.access(path.parent, os.W_OK):
-        problem = "must be a .safetensors file in a folder that can be written to"
-        raise ValueError(f"{path}: {problem}")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
-    if path.resolve() == Path(model).resolve():
-        raise ValueError(f"{path} is the --model: choose another --output")
-
-
 def run(args: argparse.Namespace) -> int:
-    check_output(args.output, args.model)
+    outputs.check_new_file(args.output, ".safetensors", args.model)
     backbone = common.load_backbone(args.model, args.device, size=args.resolution, whole=True)
     if args.layers > backbone.n_blocks:
         raise ValueError(f"--layers must be at most {backbone.n_blocks}, got {args.layers}")

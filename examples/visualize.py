@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import common
 import dinoreg
 import features
+import outputs
 import patches
 import registers_at_test_time
 
@@ -82,7 +82,7 @@ def map_photos(
     models: Models, paths: Sequence[Path], unreadable: dict[Path, str], layers: Sequence[int]
 ) -> Iterator[Photo]:
     """The maps of each image that can be read; why others cannot is added to unreadable."""
-    for path in tqdm(paths, unit="image", disable=None):
+    for path in features.progress(paths, unit="image"):
         maps, inputs = {}, []
         for name, model in models.items():
             x = features.read_image(path, None, True, model.patch_size, transform=model.transform)
@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     if args.npy and len({Path(name).stem for name in models}) < len(models):
         raise ValueError("--npy names files by model: give models of different names")
     pictures = dict(zip(images, common.name_pictures(images, args.output, "features")))
-    common.check_outputs(pictures.values(), images)
+    outputs.check_outputs(pictures.values(), images)
     if args.add_register:
         for model in models.values():
             registers_at_test_time.move_outliers(model, images, args.add_register)
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
         for photo in group:
             picture = pictures[photo.path]
             draw(photo, limits, args.heads, picture)
-            tqdm.write(dinoreg.printable(str(picture)))
+            features.write_line(str(picture))
             if args.npy:
                 save_arrays(photo, args.output, picture.stem.removesuffix("_features"))
 

@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import common
 import dinoreg
 import features
+import outputs
 import segmentation
 
 BACKBONE = "dinov2_vitl14_reg4_pretrain.pth"
@@ -202,7 +202,7 @@ def encode_classes(prompts: list[list[str]], device: str, use_cache: bool) -> Te
     tokens = tokenize([prompt for texts in prompts for prompt in texts])
     encoder, vectors = load(TextEncoder, path).to(device), []
     # All prompts of some classes at a time.
-    for ids in tqdm(tokens.split(max(1, 64 // T) * T), "text", disable=None):
+    for ids in features.progress(tokens.split(max(1, 64 // T) * T), desc="text"):
         ids = ids[:, : ids.argmax(dim=1).max() + 1].to(device)  # no token sees what follows it
         vectors.append(F.normalize(encoder(ids), dim=1).unflatten(0, (-1, T)).mean(dim=1).cpu())
     text = F.normalize(torch.cat(vectors), dim=1)
@@ -260,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--segment takes at most 255 classes, got {len(names)}")
     paths, failed = dinoreg.find_images(args.images), False
     pictures = common.name_pictures(paths, args.output, "classes")
-    common.check_outputs(pictures if args.segment else (), paths)
+    outputs.check_outputs(pictures if args.segment else (), paths)
     head = load(VisionHead, fetch("vision_head"))
     size = args.resolution if args.segment else args.size
     backbone = common.load_backbone(args.model, args.device, size=size, whole=args.segment)
@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> int:
     read = partial(features.read_image, transform=backbone.transform, **options)
     results = features.compute(partial(compare, model, text), read, paths, backbone.transform)
     width = max(len(dinoreg.printable(str(path))) for path in paths)
-    bar = tqdm(paths, unit="image", disable=None)
+    bar = features.progress(paths, unit="image")
     for path, picture, result in zip(bar, pictures, results):
         broken = isinstance(result, str)
         scores = ValueError(result) if broken else (100 * result[0, 0]).softmax(dim=0)
@@ -281,7 +281,7 @@ def run(args: argparse.Namespace) -> int:
         if args.segment and not broken:
             shares = draw_classes(path, result[1:], names, picture)
             record |= {"picture": str(picture), "shares": shares}
-        with tqdm.external_write_mode():
+        with bar.external_write_mode():
             print(json.dumps(record), flush=True) if args.json else print_record(record, width)
     return int(failed)
 

@@ -142,7 +142,7 @@ def test_the_script_runs_on_its_own(tmp_path, model, output):
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (result.returncode, result.stderr) == (1, "")
-    assert result.stdout == f"{output}: 7 images, 1 of which could not be read\n"
+    assert result.stdout == f"{output}: 7 images, 1 of them without an embedding\n"
     check(read(output), paths, model)
 
 
@@ -156,7 +156,7 @@ def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(
     paths[30].rename(moved)
     assert call("images", output, model) == (
         1,
-        f"{output}: 119 images, 2 of which could not be read\n",
+        f"{output}: 119 images, 2 of them without an embedding\n",
         [],
     )
     # Batches of 16 images are joined to files of 64 rows or more; the last file has the rest.
@@ -167,12 +167,13 @@ def test_a_later_run_embeds_what_is_new_and_does_not_import_ray(
         patches.setattr(embed_corpus, "decode", lambda path, *_: pytest.fail(path))
         assert call("images", output, model)[:2] == (
             1,
-            f"{output}: 119 images, 2 of which could not be read\n",
+            f"{output}: 119 images, 2 of them without an embedding\n",
         )
     assert modification_times(output) == before
     moved.rename(paths[30])
     assert (
-        call("images", output, model)[1] == f"{output}: 120 images, 2 of which could not be read\n"
+        call("images", output, model)[1]
+        == f"{output}: 120 images, 2 of them without an embedding\n"
     )
     after = modification_times(output)
     assert len(after) == len(before) + 1 and before.items() <= after.items()
@@ -206,7 +207,7 @@ def test_a_killed_run_loses_and_repeats_no_rows(call, tmp_path, model, output):
 
     assert call("images", output, model) == (
         1,
-        f"{output}: 100 images, 1 of which could not be read\n",
+        f"{output}: 100 images, 1 of them without an embedding\n",
         [],
     )
     assert complete.stat().st_mtime_ns == time_of_complete
@@ -252,12 +253,12 @@ def test_images_in_parquet_with_patch_tokens(call, tmp_path, model, output):
         tmp_path / "tables" / "0.parquet", label=[3, 4, 5, 6], uri=uris[:4], bytes=files[:4]
     )
     arguments = ["tables/*.parquet", output, model, "--tokens", "patches", "--batch-size", 3]
-    assert call(*arguments) == (0, f"{output}: 4 images, 0 of which could not be read\n", [])
+    assert call(*arguments) == (0, f"{output}: 4 images, 0 of them without an embedding\n", [])
     first = set(output.iterdir())
 
     # More images, by the same command; a bad one is among them.
     write_table(tmp_path / "tables" / "1.parquet", bytes=files[4:], label=[7] * 8, uri=uris[4:])
-    assert call(*arguments) == (1, f"{output}: 12 images, 1 of which could not be read\n", [])
+    assert call(*arguments) == (1, f"{output}: 12 images, 1 of them without an embedding\n", [])
     assert first < set(output.iterdir())
     check_patches(output, paths, model)
 
@@ -268,7 +269,7 @@ def test_uris_in_parquet_and_another_size(call, tmp_path, model, output):
     write_table(tmp_path / "uris.parquet", uri=list(map(str, [*paths, gone])))
     assert call("uris.parquet", output, model, "--size", 48) == (
         1,
-        f"{output}: 30 images, 1 of which could not be read\n",
+        f"{output}: 30 images, 1 of them without an embedding\n",
         [],
     )
     rows = read(output)
@@ -397,7 +398,7 @@ def test_other_files_in_the_output_folder_are_left_alone(call, tmp_path, model, 
     for _ in range(2):
         assert call("images", output, model)[:2] == (
             0,
-            f"{output}: 3 images, 0 of which could not be read\n",
+            f"{output}: 3 images, 0 of them without an embedding\n",
         )
     assert {path: path.read_bytes() for path in before} == before
     (rows,) = set(output.iterdir()) - set(before)
@@ -425,7 +426,7 @@ def test_names_that_are_not_utf8_and_pipes(call, tmp_path, model, output):
     assert read(output)[f"{tmp_path}/images/pipe.png"]["error"] == "not a regular file"
     os.rename(os.fsencode(paths[0]), os.fsencode(tmp_path / "images") + b"/\xff.png")
     status, stdout, _ = call("images", tmp_path / "other", model)
-    assert status == 1 and "3 images, 2 of which" in stdout
+    assert status == 1 and "3 images, 2 of them" in stdout
     rows = read(tmp_path / "other")
     assert rows[f"{tmp_path}/images/\\udcff.png"]["error"] == "No such file or directory"
 
@@ -570,7 +571,7 @@ def test_ray_continues_a_plain_run_and_survives_a_killed_worker(
     for path in paths[40:]:
         path.rename(tmp_path / "later" / path.name)
     assert (
-        call("images", output, model)[1] == f"{output}: 40 images, 1 of which could not be read\n"
+        call("images", output, model)[1] == f"{output}: 40 images, 1 of them without an embedding\n"
     )
     before = modification_times(output)
     for path in paths[40:]:
@@ -585,7 +586,7 @@ def test_ray_continues_a_plain_run_and_survives_a_killed_worker(
     os.kill(actor, signal.SIGKILL)
     status, stdout, _ = finish(process)  # Ray reports the death of its worker, and repeats the task
     assert status == 1
-    assert stdout.splitlines()[-1] == f"{output}: 100 images, 1 of which could not be read"
+    assert stdout.splitlines()[-1] == f"{output}: 100 images, 1 of them without an embedding"
     assert before.items() <= modification_times(output).items()
     check(read(output), paths, model)
 
@@ -619,7 +620,7 @@ def test_a_plain_run_continues_a_killed_ray_job(cluster, call, tmp_path, model, 
 
     assert call("images", output, model) == (
         1,
-        f"{output}: 120 images, 2 of which could not be read\n",
+        f"{output}: 120 images, 2 of them without an embedding\n",
         [],
     )
     assert before.items() <= modification_times(output).items()
@@ -638,7 +639,7 @@ def test_a_remote_cluster_writes_the_rows_of_a_plain_run(cluster, call, tmp_path
     remote = {**cluster, "RAY_ADDRESS": cluster["RAY_CLIENT"]}
     assert finish(start(remote, *arguments)) == (
         1,
-        f"{output}: 12 images, 1 of which could not be read\n",
+        f"{output}: 12 images, 1 of them without an embedding\n",
         [],
     )
     check_patches(output, paths, model)

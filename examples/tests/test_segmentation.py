@@ -358,7 +358,7 @@ def test_errors_of_training_are_one_line(call, data, model):
         ([images, masks, "--resolution", 3], "images must have at least 4 pixels"),
         ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
         ([images, masks, "--output", ""], "argument -o/--output: must not be empty"),
-        ([images, masks, "--output", model], "is the --model: choose another"),
+        ([images, masks, "--output", model], "is the file of the model: choose another"),
         ([images, masks, "--output", data / "pipe.safetensors"], "not a regular file"),
         (
             [images, masks, "--output", data / "nowhere" / "x.safetensors"],

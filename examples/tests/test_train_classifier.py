@@ -407,7 +407,7 @@ def test_errors_of_training_are_one_line(train, folder, model, tmp_path):
         ([folder, "--output", "."], "must be a .safetensors file"),
         ([folder, "--output", ""], "must not be empty"),
         ([folder, "--output", tmp_path / "taken.safetensors"], "must be a .safetensors file"),
-        ([folder, "--output", model], "is the file of --model"),
+        ([folder, "--output", model], "is the file of the model"),
         ([folder, "--knn", "--finetune"], "not allowed with argument --knn"),
     ]:
         first, *options = arguments
