@@ -359,10 +359,10 @@ def test_errors_of_training_are_one_line(call, data, model):
         ([images, masks, "--output", data / "x.pth"], "must be a .safetensors file"),
         ([images, masks, "--output", ""], "argument -o/--output: must not be empty"),
         ([images, masks, "--output", model], "is the file of the model: choose another"),
-        ([images, masks, "--output", data / "pipe.safetensors"], "not a regular file"),
+        ([images, masks, "--output", data / "pipe.safetensors"], "must be a .safetensors file"),
         (
             [images, masks, "--output", data / "nowhere" / "x.safetensors"],
-            "folder that can be written to",
+            "in a folder that is writable",
         ),
         ([images, masks, "--steps", 0], "argument --steps: must be at least 1"),
     ]:
