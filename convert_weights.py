@@ -92,7 +92,7 @@ def check(tensors: dict[str, Tensor], key: str, shape: tuple, prefix: str) -> Te
 
 
 def measure(tensors: dict[str, Tensor], dialect: str, prefix: str) -> Config:
-    """The config that the shapes of a backbone determine; of one head, which they do not."""
+    """The config that the shapes of a backbone determine; its num_heads is 1, which they do not."""
     # The last side of most tensors is the width D: no single tensor is trusted.
     D, _ = Counter(x.shape[-1] for x in tensors.values() if x.ndim).most_common(1)[0]
     swiglu = translate("blocks.0.mlp.w3.weight", dialect)[0] in tensors
@@ -188,7 +188,7 @@ def to_official(checkpoint: dict, prefix=None, no_embed_class=None) -> tuple[dic
     """A checkpoint of any dialect as (backbone, head or {}, dialect), with official names.
 
     prefix selects one of several backbones. no_embed_class is timm's argument of that name; None
-    infers it from the shapes. Tensors beside the backbone are left out and reported. Raises a
+    infers it from the shapes. Other tensors are left out and reported. Raises a
     ValueError that names a tensor that is missing, unknown, or of another shape or type."""
     beside = flatten(checkpoint)
     prefix = find_backbone(beside, prefix)
@@ -200,7 +200,7 @@ def to_official(checkpoint: dict, prefix=None, no_embed_class=None) -> tuple[dic
         dialect = "hf5"
     if other := sorted(key for key in tensors if key.split(".")[0] in OTHER_MODELS):
         raise ValueError(f"{other[0]}: not a layer of DINOv2, which would give other outputs")
-    # A head is within the backbone or beside it: for "model.backbone.", in "model.".
+    # A head is within the backbone or next to it: for "model.backbone.", in "model.".
     parent = ".".join([*prefix.split(".")[:-2], ""])
     name = "classifier." if hugging_face else "linear_head."
     head = take(tensors, name) or take(beside, parent + name)
@@ -229,7 +229,7 @@ def to_official(checkpoint: dict, prefix=None, no_embed_class=None) -> tuple[dic
         parts = [key.split(".") for key in [prefix, *beside]]
         shared = next(i for i, names in enumerate(zip(*parts)) if len(set(names)) > 1)
         modules = sorted({names[shared] for names in parts[1:]})
-        note(f"left out, beside the backbone: {', '.join(modules):.200}")
+        note(f"left out: {', '.join(modules):.200}")
     return tensors, head, dialect
 
 
@@ -259,7 +259,7 @@ def place_registers(tensors: dict[str, Tensor], no_embed_class: bool | None) -> 
 
 
 def from_official(model: Model, dialect: str) -> dict[str, Tensor]:
-    """The state dict of a model in a dialect. Raises a ValueError if the dialect has no such."""
+    """The state dict of a model in a dialect. Raises a ValueError if it cannot."""
     model = dinoreg.rebuild(model)
     tensors, (h, w) = model.state_dict(), model.config.grid
     if h != w:
@@ -269,14 +269,14 @@ def from_official(model: Model, dialect: str) -> dict[str, Tensor]:
     head, tensors = take(tensors, "linear_head."), take(tensors, "backbone.") or tensors
     D, name, prefix = tensors["cls_token"].shape[-1], "classifier.", ""
     if head and head["weight"].shape[1] != 2 * D:
-        raise ValueError(f"{dialect} classifiers use one layer, not more (--layers 1 has one)")
+        raise ValueError(f"{dialect} classifiers use one layer only (official models: --layers 1)")
     if dialect == "timm":
         name = "head."
         if "register_tokens" in tensors:  # timm adds the position of CLS to the token
             tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
             tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
         if head and head["weight"][:, D:].any():
-            raise ValueError("timm's heads see the CLS token only, this one patches, too")
+            raise ValueError("timm's heads see only the CLS token, but this one also patches")
         head |= {"weight": head["weight"][:, :D]} if head else {}
     elif head:
         prefix = hf_config(model)["model_type"] + "."
@@ -355,12 +355,12 @@ def class_names(stated: dict) -> list[str] | None:
 
 
 def hf_config(model: Model) -> dict:
-    """The contents of Hugging Face's config.json for a model; a ValueError if it has no words."""
+    """The contents of Hugging Face's config.json for a model; a ValueError if it cannot say."""
     model = dinoreg.rebuild(model)
     config = model.config
     ratio = round(config.mlp_ratio)
     if dataclasses.replace(config, mlp_ratio=ratio).hidden_dim != config.hidden_dim:
-        raise ValueError(f"mlp_ratio is {config.mlp_ratio:g}, Hugging Face allows integers only")
+        raise ValueError(f"mlp_ratio is {config.mlp_ratio:g}, but Hugging Face has only integers")
     stem = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
     kind = "ForImageClassification" if isinstance(model, LinearClassifier) else "Model"
     described: dict[str, Any] = {
@@ -416,10 +416,10 @@ def hf_preprocessor(transform: Transform) -> dict:
 
 
 def transform_from_hf(described: dict) -> Transform:
-    """The transform of Hugging Face's preprocessor_config.json; a ValueError if it has no such."""
+    """The transform of Hugging Face's preprocessor_config.json; a ValueError if there is none."""
     kind = described.get("image_processor_type", described.get("feature_extractor_type", "Bit"))
     family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
-    require({"image processor": family}, {"image processor": tuple(PROCESSORS)}, "supported is")
+    require({"image processor": family}, {"image processor": tuple(PROCESSORS)}, "expected")
     values = PROCESSORS[family] | described
     if family == "ViT":
         values["do_center_crop"] = False  # it has no such step, whatever the file says
@@ -428,10 +428,10 @@ def transform_from_hf(described: dict) -> Transform:
     supported |= {"rescale_factor": round(1 / 255, 8), "resample": (0, 1, 2, 3)}
     supported |= {key: False for key in values if key.startswith("do_") and key not in BIT}
     supported |= dict.fromkeys(("crop_pct", "size_divisor", "offset", "pad_size"), 0)
-    require(values, supported, "supported is")
+    require(values, supported, "expected")
     resize = hf_size(values["size"], square=family in ("ViT", "DeiT"))  # else: the short side
     keys = {"the keys of size": (["shortest_edge"], ["height", "width"])}
-    require({"the keys of size": sorted(resize)}, keys, "supported is")
+    require({"the keys of size": sorted(resize)}, keys, "expected")
     crop = hf_size(values["crop_size"], square=True)
     if not values["do_normalize"]:
         values |= {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
@@ -442,11 +442,11 @@ def transform_from_hf(described: dict) -> Transform:
 
 
 def transform_from_timm(described: dict) -> Transform:
-    """The transform of `pretrained_cfg` in timm's config.json; a ValueError if it has no such."""
+    """The transform of `pretrained_cfg` in timm's config.json; a ValueError if there is none."""
     H, W = described.get("input_size", [3, 224, 224])[1:]
     mode, share = described.get("crop_mode", "center"), described.get("crop_pct", 0.875)
     modes = ("center", "squash") if H == W else "squash"
-    require({"crop_mode": mode}, {"crop_mode": modes}, f"supported for {H} x {W} pixels is")
+    require({"crop_mode": mode}, {"crop_mode": modes}, f"expected for {H} x {W} pixels:")
     height, width = math.floor(H / share), math.floor(W / share)
     resize = height if mode == "center" else (height, width)
     mean = tuple(described.get("mean", dinoreg.IMAGENET_MEAN))

@@ -62,7 +62,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def write_digits(folder: Path, digits: list[Digit]) -> None:
-    """Write each digit into the sub-folder of its part and class."""
+    """Write each digit into the subfolder of its part and class."""
     from tqdm import tqdm
 
     for i, (image, digit) in enumerate(tqdm(digits, unit="image", disable=None)):

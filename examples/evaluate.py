@@ -3,7 +3,7 @@
     pip install -e ".[examples]"
     python examples/evaluate.py imagenet/val --model vits14_reg_lc --layers 1
 
-The folder, such as ImageNet's validation set, has one sub-folder of images per class. Sub-folders
+The folder, such as ImageNet's validation set, has one subfolder of images per class. Subfolders
 named like the classifier's labels are matched by name; otherwise their sorted order must be the
 order of the classes, as it is for ImageNet's n01440764, n01443537 and so on. For official models,
 the accuracy stated in the official README is printed below the measured one.
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     hits, failed = count_hits(model, find_labeled(args.folder, labels), args.batch_size)
     status = common.report("evaluate", failed)
     if not hits:
-        raise ValueError(f"{args.folder}: no image in its sub-folders has a result")
+        raise ValueError(f"{args.folder}: no image in its subfolders has a result")
 
     top1, top5 = (sum(hit) / len(hits) for hit in zip(*hits))
     split = f"{len(hits):,} images in {args.folder}"
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=Path, help="has one sub-folder of images per class")
+    add("folder", type=Path, help="has one subfolder of images per class")
     text = "an official classifier, or a file of one (default: %(default)s)"
     add("--model", default="vits14_reg_lc", help=text)
     text = "layers that the official classifier uses (default: 4)"

@@ -1,4 +1,4 @@
-"""Folders of labeled images, one sub-folder per class, and k-NN classification."""
+"""Folders of labeled images, one subfolder per class, and k-NN classification."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ import features
 
 
 def find_classes(folder: Path) -> list[Path]:
-    """The sub-folders of a folder, sorted, without hidden ones: one for each class."""
+    """The subfolders of a folder, sorted, without hidden ones: one for each class."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     return sorted(
@@ -23,19 +23,19 @@ def find_classes(folder: Path) -> list[Path]:
 
 
 def find_labeled(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int]]:
-    """The image files in a folder's sub-folders, each with the index of its class. Sub-folders are
+    """The image files in a folder's subfolders, each with the index of its class. Subfolders are
     matched with labels by name, or else by order. Raises a ValueError if they are not the classes.
     """
     folders = find_classes(folder)
     if len(folders) != len(labels):
         raise ValueError(
-            f"{folder}: {len(folders)} sub-folders, "
+            f"{folder}: {len(folders)} subfolders, "
             f"but the model has {len(labels)} classes; make one for each"
         )
     unknown = [path.name for path in folders if path.name not in labels]
     if unknown and len(unknown) < len(labels):
         raise ValueError(
-            f"{folder}: some sub-folders are named like classes of the model, "
+            f"{folder}: some subfolders are named like classes of the model, "
             f"but {unknown[0]!r} is not"
         )
     order = range(len(labels)) if unknown else [labels.index(path.name) for path in folders]

@@ -10,7 +10,7 @@
 RUN/teacher.safetensors is the trained model, for `dinoreg.load` and the other examples; curves are
 in log.csv and curves.png. The same command continues a run that was interrupted or killed, on the
 same curve: crops, masks and order depend on the seed and the step alone. --dry-run prints the
-memory that a run needs. Sub-folders of FOLDER, if any, are classes for the k-NN accuracy, and used
+memory that a run needs. Subfolders of FOLDER, if any, are classes for the k-NN accuracy, and used
 for nothing else.
 
 The method is that of section 4 of the paper (https://arxiv.org/abs/2304.07193), computed as in the
@@ -469,7 +469,7 @@ def run(args: argparse.Namespace) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=Path, help="images, in sub-folders or not")
+    add("folder", type=Path, help="images, in subfolders or not")
     text = "folder of the results, or of a run to continue"
     add("-o", "--output", type=Path, required=True, metavar="RUN", help=text)
     add("--preset", choices=PRESETS, help="default: gpu, or continue with --model")

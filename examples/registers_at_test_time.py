@@ -33,7 +33,7 @@ import common
 import dinoreg
 import patches
 
-LAYER = -2  # norms are those after the last block but one, as in the authors' code for DINOv2
+LAYER = -2  # norms are those after the second-to-last block, as in the authors' code for DINOv2
 
 
 class MlpWithRegister(nn.Module):

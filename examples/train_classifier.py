@@ -1,4 +1,4 @@
-"""Train a classifier on your images: a folder with one sub-folder per class, named like the class.
+"""Train a classifier on your images: a folder with one subfolder per class, named like the class.
 
     pip install -e ".[examples]"
     python examples/train_classifier.py FOLDER --output mine.safetensors
@@ -134,7 +134,7 @@ def find_images(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, i
     names = [path.name for path in find_classes(args.folder)]
     if len(names) < 2:
         raise ValueError(
-            f"{args.folder}: two or more sub-folders are needed, "
+            f"{args.folder}: two or more subfolders are needed, "
             f"one for each class; there are {len(names)}"
         )
     tests = find_labeled(args.test, names) if args.test else []
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     parts[parts == TRAIN] = split(names, y[parts == TRAIN], held_out)
     train, val, test = (torch.where(parts == part)[0] for part in (TRAIN, VAL, TEST))
     if not len(test):
-        raise ValueError(f"{args.test}: no image in its sub-folders can be read")
+        raise ValueError(f"{args.test}: no image in its subfolders can be read")
 
     x = torch.stack([cache[path] for path, *_ in images])
     report_votes(args, names, x, y, parts == TEST)
@@ -220,8 +220,8 @@ def run(args: argparse.Namespace) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=Path, help="has one sub-folder of images per class")
-    text = "test images, in the same sub-folders (default: a fifth of each class)"
+    add("folder", type=Path, help="has one subfolder of images per class")
+    text = "test images, in the same subfolders (default: a fifth of each class)"
     add("--test", type=Path, metavar="FOLDER", help=text)
     common.add_model(parser)
     common.add_size(parser)

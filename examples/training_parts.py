@@ -96,7 +96,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 def softmax_center(
     logits: Tensor, temperature: float, center: Tensor, momentum: float = 0.9
 ) -> Tensor:
-    """Softmax of logits (B, K) less the center (1, K), float32. The center then moves towards their
+    """Softmax of logits (B, K) minus the center (1, K), float32. The center then moves toward their
     mean, in place.
     Official: DINOLoss.softmax_center_teacher and update_center."""
     logits = logits.float()
@@ -112,9 +112,8 @@ def softmax_center(
 
 def cross_entropy(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
     """Of each row: (..., K), (..., K) -> (...), float32."""
-    return -(teacher_probs * (student_logits.float() / student_temp).log_softmax(dim=-1)).sum(
-        dim=-1
-    )
+    log_probs = (student_logits.float() / student_temp).log_softmax(dim=-1)
+    return -(teacher_probs * log_probs).sum(dim=-1)
 
 
 def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
@@ -135,7 +134,7 @@ def ibot_loss(
 
 
 def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """Minus the mean log distance of features (B, D) to their nearest neighbours on the unit
+    """Minus the mean log distance of features (B, D) to their nearest neighbors on the unit
     sphere, over all processes.
     Official: KoLeoLoss."""
     with torch.autocast(x.device.type, enabled=False):
@@ -180,13 +179,8 @@ def parameter_groups(
         lr_multiplier = layerwise_decay ** (last - layer)
         lr_multiplier *= patch_embed_lr_mult if name.startswith("patch_embed") else 1.0
         wd_multiplier = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
-        lr = (
-            "last_layer_lr"
-            if "last_layer" in name
-            else "backbone_lr"
-            if part == "backbone"
-            else "lr"
-        )
+        lr = "backbone_lr" if part == "backbone" else "lr"
+        lr = "last_layer_lr" if "last_layer" in name else lr
         group = dict(lr_multiplier=lr_multiplier, wd_multiplier=wd_multiplier, schedule=lr)
         groups.setdefault(tuple(group.values()), dict(params=[], **group))["params"].append(
             parameter

@@ -44,7 +44,7 @@ def save_model(path, seed=0):
 
 
 def save_images(folder, count):
-    """Images of noise in sub-folders; every 97th file is not an image."""
+    """Images of noise in subfolders; every 97th file is not an image."""
     generator, paths = np.random.default_rng(0), []
     for i in range(count):
         paths.append(folder / str(i % 7) / f"{i}.png")

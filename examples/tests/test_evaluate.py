@@ -24,7 +24,7 @@ import evaluate
 
 @pytest.fixture
 def digits(tmp_path) -> Path:
-    """The bundled digits in sub-folders with their names, and in that of the fives also the six."""
+    """The bundled digits in subfolders with their names, and in that of the fives also the six."""
     for label in LABELS:
         (tmp_path / "digits" / label).mkdir(parents=True)
         shutil.copy(HERE / "images" / f"{label}.png", tmp_path / "digits" / label)
@@ -93,16 +93,16 @@ def empty(folder):
         (
             lambda folder: shutil.rmtree(folder / "six"),
             [],
-            "9 sub-folders, but the model has 10 classes",
+            "9 subfolders, but the model has 10 classes",
         ),
         (
             lambda folder: (folder / "ten").mkdir(),
             [],
-            "11 sub-folders, but the model has 10 classes",
+            "11 subfolders, but the model has 10 classes",
         ),
         (lambda folder: (folder / "six").rename(folder / "6"), [], "but '6' is not"),
         (shutil.rmtree, [], "no such folder"),
-        (empty, [], "no image in its sub-folders has a result"),
+        (empty, [], "no image in its subfolders has a result"),
         (lambda folder: None, ["--model", "backbone.safetensors"], "has no classifier"),
         (lambda folder: None, ["--model", "none.pth"], "no such file"),
         (lambda folder: None, ["--batch-size", "0"], "--batch-size: must be at least 1"),

@@ -75,7 +75,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def many(tmp_path):
-    """Thirty images of random colors, in sub-folders."""
+    """Thirty images of random colors, in subfolders."""
     generator = np.random.default_rng(0)
     for i in range(30):
         paint(tmp_path / "many" / str(i % 3) / f"{i}.png", generator.integers(0, 256, 3), i)

@@ -57,7 +57,7 @@ def save_mask(mask, path, mode="P"):
 
 @pytest.fixture
 def data(tmp_path):
-    """Ten photos of different sizes in images/, some in a sub-folder, with masks in masks/, and
+    """Ten photos of different sizes in images/, some in a subfolder, with masks in masks/, and
     classes.txt.
     """
     for kind in ("images", "masks"):

@@ -47,7 +47,7 @@ def paint(path, color, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten images of each of three colors, in sub-folders."""
+    """Ten images of each of three colors, in subfolders."""
     for name, color in COLORS.items():
         for i in range(10):
             paint(tmp_path / "images" / name / f"{i}.png", color, i)
@@ -390,13 +390,13 @@ def test_errors_of_training_are_one_line(train, folder, model, tmp_path):
     (tmp_path / "taken.safetensors").mkdir()
     for arguments, message in [
         ([tmp_path / "nowhere"], "no such folder"),
-        ([tmp_path / "empty"], "two or more sub-folders are needed"),
-        ([tmp_path / "single"], "two or more sub-folders are needed"),
+        ([tmp_path / "empty"], "two or more subfolders are needed"),
+        ([tmp_path / "single"], "two or more subfolders are needed"),
         ([tmp_path / "few"], "blue: a class needs 3 or more images that can be read; there are 2"),
         ([tmp_path / "bad"], "blue: a class needs 3 or more images that can be read; there are 2"),
         ([folder, "--test", tmp_path / "nowhere"], "no such folder"),
-        ([folder, "--test", tmp_path / "single"], "1 sub-folders, but the model has 3 classes"),
-        ([folder, "--test", tmp_path / "test"], "no image in its sub-folders can be read"),
+        ([folder, "--test", tmp_path / "single"], "1 subfolders, but the model has 3 classes"),
+        ([folder, "--test", tmp_path / "test"], "no image in its subfolders can be read"),
         ([folder, "--model", tmp_path / "nothing.pth"], "no such file"),
         ([folder, "--size", "15"], "15 x 15 pixels are not multiples of 4"),
         ([folder, "--layers", "4"], "--layers must be at most 3"),
