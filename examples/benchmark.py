@@ -105,7 +105,7 @@ def compare(runs: dict, turns: int, seconds: float = 0, measure: Callable = seco
 
 
 def cells(compared: dict[str, list[float]], count: int = 1) -> dict[str, str]:
-    """Milliseconds for each of `count` images, and in brackets the ratio."""
+    """Milliseconds for each of `count` images, and in parentheses the ratio."""
     return {name: f"{1000 * x / count:.1f} ({ratio:.2f})" for name, (ratio, x) in compared.items()}
 
 
@@ -138,7 +138,7 @@ def save_crops(folder: Path, count: int) -> Path:
 
 
 def forward(args: argparse.Namespace, temp: Path, name: str, size: int, batch: int) -> Iterator:
-    """Forward pass, milliseconds per image, float32 on a CPU and bfloat16 elsewhere; in brackets
+    """Forward pass, milliseconds per image, float32 on a CPU and bfloat16 elsewhere; in parentheses
     the ratio to dinoreg: above 1, dinoreg is faster. All tokens are computed and normalized, except
     that `embed`, of features.py, computes the last block for the CLS token only. `matrix products`
     runs those of the linear layers and nothing else; GFLOP/s is their rate.
@@ -183,7 +183,7 @@ def package(model: DinoVisionTransformer, path: Path, to: str, images: Tensor) -
 
 
 def engines(args: argparse.Namespace, temp: Path, name: str, size: int, batch: int) -> Iterator:
-    """Ways to compute the CLS token, milliseconds per image; in brackets the ratio to float32
+    """Ways to compute the CLS token, milliseconds per image; in parentheses the ratio to float32
     (below 1: faster), and the lowest cosine of a token to it. `compile` is `torch.compile(model)`;
     AOTInductor runs a package of export.py, int8 one with quantized layers, onnxruntime and
     openvino its ONNX file (`default`: openvino's choice of precision).
@@ -265,7 +265,7 @@ def start(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
 
 def folder(args: argparse.Namespace, temp: Path, count: int, width: int, height: int) -> Iterator:
     """A folder of JPEG photographs, read and classified by ViT-S/14 with registers: milliseconds
-    per image, and in brackets the ratio to dinoreg. `--fast` decodes at reduced size, though not
+    per image, and in parentheses the ratio to dinoreg. `--fast` decodes at reduced size, though not
     below that of the model's input (its choice of a dtype is not part of this). `forward` is the
     model alone, `decode` reading alone on one core.
     """
@@ -368,7 +368,7 @@ def count(config: Config) -> tuple[int, list[int]]:
 def sizes(args: argparse.Namespace, temp: Path) -> Iterator[dict]:
     """The official models: parameters, size of a file, and operations of a forward pass for one
     image. A multiply-add counts as two; those of the patch embedding, of linear layers and of the
-    two products of attention are counted, and no others. The share of the registers is in brackets.
+    two products of attention are counted, and no others. The registers' share is in parentheses.
     """
     counts = {name: count(config) for name, config in CONFIGS.items()}
     for name, (parameters, operations) in counts.items():

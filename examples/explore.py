@@ -5,8 +5,8 @@
 
 The page needs no server and no network. It compares the patch under the pointer with all patches of
 all photos, and shows principal components, attention and token norms as `visualize.py` does. To
-keep the page small, patch features are projected onto their first principal axes and stored in
-int8, with as many axes as keep the errors of cosines below 0.02. `--stride 7` (half the patch size)
+keep the page small, patch features are projected onto the fewest principal axes that keep errors of
+cosines below 0.02, and stored in int8. `--stride 7` (half the patch size)
 makes the maps smoother and the page about four times as large.
 """
 

@@ -101,7 +101,7 @@ class Recipe:
     warmup_teacher_temp: float = 0.04
     teacher_temp: float = 0.07
     warmup_teacher_temp_epochs: float = 30.0
-    centering: str = "sinkhorn_knopp"  # "centering": softmax, less a moving center
+    centering: str = "sinkhorn_knopp"  # "centering": softmax, minus a moving center
     # Optimizer
     batch_size: int = 3072  # images of all processes: 96 GPUs with 32; 32 with 64
     accumulate: int = 1  # parts in which a batch is computed; Sinkhorn-Knopp and KoLeo see one part
@@ -204,8 +204,8 @@ class Network(nn.Module):
         self, crops: list[Tensor], masks: Tensor, hide: bool
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """CLS tokens (B, D) of each stack of crops, their logits (B, K), and logits (M, K) of the
-        patches of the first stack where masks (B, h * w) is True, of which the backbone sees the
-        mask token if hide."""
+        patches of the first stack that masks (B, h * w) selects. With hide, the backbone sees the
+        mask token in their place."""
         with torch.autocast(masks.device.type, torch.bfloat16, enabled=masks.is_cuda):
             hidden = [masks if hide else None, None][: len(crops)]
             features = self.backbone(crops, hidden, is_training=True)
@@ -220,8 +220,8 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """The terms of the loss for crops (2 B, C, H, W), (L B, C, H', W') and masks (2 B, h * w);
     `loss` is their weighted sum. `entropy` is that of the teacher's assignments, and `information`
-    the entropy of their mean less it: 0 if all images are assigned alike, after a collapse, and
-    ln K at most. In a distillation no patch is hidden, and the loss is that of all patches
+    the entropy of their mean minus `entropy`: 0 if all images are assigned alike, after a collapse,
+    and ln K at most. In a distillation no patch is hidden, and the loss is that of all patches
     (section 5 of the paper). Official: SSLMetaArch.forward_backward."""
     masks = torch.ones_like(masks) if distill else masks
     with torch.no_grad():
@@ -475,7 +475,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=PRESETS, help="default: gpu, or continue with --model")
     text = "architecture of a new model (default: the preset's)"
     add("--config", choices=dinoreg.CONFIGS, help=text)
-    text = "an official model, a file, or a run, whose heads are taken, too: continue from it"
+    text = "continue from an official model, a file, or a run (with its heads)"
     add("--model", metavar="MODEL|RUN", help=text)
     text = "an official model or a file to distill from; it does not change, and its preprocessing "
     add("--teacher", metavar="MODEL", help=f"{text}becomes the student's")
@@ -483,7 +483,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--val", type=Path, metavar="FOLDER", help=text)
     text = "between checkpoints and lines of the log (default: an epoch, at most 1000)"
     add("--every", type=common.positive, metavar="STEPS", help=text)
-    text = "keep the checkpoint and the model of each such step (default: the last two checkpoints)"
+    text = "also keep the checkpoint and model of every STEPS-th step"
     add("--keep-every", type=common.positive, metavar="STEPS", help=text)
     text = "processes that read images (default: %(default)s)"
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help=text)

@@ -110,8 +110,8 @@ class Crops(torch.utils.data.Dataset):
     of the global ones. An item's key is (batch, place).
 
     The order of an epoch depends on the seed and the epoch; batch and place are a position in it.
-    Crops depend on the seed, the batch and the place. In the place of an image that cannot be read
-    comes the next one; the item's last part has a line about each such.
+    Crops depend on the seed, the batch and the place. The next image replaces an unreadable
+    one; the item's last part names each of these.
     Official: dinov2/data/augmentations.py and collate.py.
     """
 

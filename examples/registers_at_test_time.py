@@ -1,5 +1,6 @@
-"""Registers for a model trained without: its outliers move to an added token (Jiang et al., 2025).
+"""Add a register to a model trained without any: outliers move to it (Jiang et al., 2025).
 
+    pip install -e ".[examples]"
     python examples/registers_at_test_time.py PHOTO... --model vitl14
 
 It was tried on small models only: on one whose outliers were planted, and on a ViT-S/14 fine-tuned

@@ -13,8 +13,8 @@ runs once over all images, and its features are cached. On these features
     (dinov2/eval/knn.py).
 With --finetune the backbone is trained as well, after the head (finetuning.py).
 
-The accuracies of the most frequent class and of k-NN by raw pixels are printed for comparison. All
-images but those of the test are neighbors, so they do not depend on the options.
+The accuracies of the most frequent class and of k-NN by raw pixels are printed for comparison.
+Their neighbors are all images outside the test set, so they are the same with and without --knn.
 """
 
 import argparse
