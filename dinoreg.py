@@ -1008,10 +1008,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
     backbone = args.model.removeprefix("dinov2_") in CONFIGS  # fail before a download
     model = None if backbone else load(args.model, args.layers, args.device, dtype, mmap=True)
-    if not isinstance(model, LinearClassifier):
-        raise ValueError(f"{args.model} has no classifier; those of official models end in _lc")
-    if model.linear_head.out_features == 1:
-        raise ValueError(f"the head of {args.model} has a single output: no class probabilities")
+    if not isinstance(model, LinearClassifier) or model.linear_head.out_features == 1:
+        raise ValueError(f"{args.model} has no classifier of two or more classes (add _lc?)")
     size = (args.size, args.size) if args.size else model.transform.size
     if size and not args.keep_aspect:
         model.backbone.fix_image_size(*size)
