@@ -19,6 +19,7 @@ import common  # noqa: F401 (finds dinoreg)
 import dinoreg
 
 BATCH = 16  # images that are read and computed at once
+NOT_FINITE = "the model returns NaN or infinity"  # why an image has no features
 
 
 def embed(model: dinoreg.DinoVisionTransformer, x: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def compute(
             elif (x := next(results)).isfinite().all():
                 yield x
             else:
-                yield "the model returns NaN or infinity"
+                yield NOT_FINITE
 
 
 def apply(
@@ -105,7 +106,7 @@ def apply(
     return compute(lambda x: function(torch.stack(x).to(device)).cpu(), read, paths, transform)
 
 
-def progress(items: Iterable, **options):
+def progress(items: Iterable | None, **options):
     """The items, with a progress bar of tqdm on standard error if that is a terminal."""
     from tqdm import tqdm
 
@@ -132,7 +133,7 @@ def fingerprint(model: dinoreg.DinoVisionTransformer, *settings) -> str:
     such as options of a script.
     """
     described = [model.config, model.transform, model.patch_embed.proj.stride, *settings]
-    digest = hashlib.sha256(json.dumps([dinoreg.__version__, *map(repr, described)]).encode())
+    digest = hashlib.sha256(json.dumps([*map(repr, described)]).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -141,13 +142,14 @@ def fingerprint(model: dinoreg.DinoVisionTransformer, *settings) -> str:
 class Cache:
     """Features of image files, by path, in a database in the user's cache folder.
 
-    There is one for each script, image folder and fingerprint, so no run meets the features of
-    another model. An interrupted run keeps what it has computed. With enabled=False the database is
-    a temporary file.
+    There is one for each script, version, image folder and fingerprint, so no run meets the
+    features of another model. An interrupted run keeps what it has computed. With enabled=False the
+    database is a temporary file.
     """
 
     def __init__(self, script: str, folder: Path, fingerprint: str, enabled: bool = True):
-        name = f"{script}-{hashlib.sha256(key(folder.resolve())).hexdigest()[:16]}"
+        place = hashlib.sha256(key(folder.resolve())).hexdigest()[:16]
+        name = f"{script}-{dinoreg.__version__}-{place}"
         self.folder = cache_folder() / name / fingerprint[:16] if enabled else None
         with self.naming_errors():
             if self.folder:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 
 import dinoreg
 
@@ -14,8 +15,6 @@ pytest.importorskip("tqdm")
 import common
 import features
 from test_dinoreg import randomised
-
-TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +174,15 @@ def test_the_fingerprint_tells_models_apart():
         seen.add(features.fingerprint(other))
     model.patch_embed.proj.stride = (2, 2)
     assert len(seen | {features.fingerprint(model)}) == 6
+
+
+def test_a_new_version_has_a_new_cache_but_knows_old_corpora(files, monkeypatch):
+    model = randomised(TINY)
+    key = features.fingerprint(model)
+    computed(files)
+    monkeypatch.setattr(dinoreg, "__version__", "0.0.0")
+    assert features.fingerprint(model) == key  # which embed_corpus.py writes into its files
+    assert computed(files) == ["a.bin", "b.bin", "c.bin", "d.txt"]
 
 
 def test_features_that_are_not_finite_are_an_error_of_their_image(tmp_path):
