@@ -82,8 +82,7 @@ def check(tensors: dict[str, Tensor], key: str, shape: tuple, prefix: str) -> Te
     if key not in tensors:
         raise ValueError(f"{prefix}{key} is missing; expected {tuple(shape)}")
     x = tensors[key]
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_meta
-    plain = plain and x.dtype in dinoreg.FLOATS and x.nbytes <= x.untyped_storage().nbytes()
+    plain = dinoreg.is_plain(x)
     fits = len(x.shape) == len(shape) and all(b in (a, None) and a for a, b in zip(x.shape, shape))
     if not (plain and fits):
         kind = "" if plain else f", {x.dtype}, {x.layout}"

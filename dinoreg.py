@@ -806,13 +806,17 @@ def from_state_dict(tensors, config: Config | None = None, labels=None, transfor
         if key not in tensors:
             raise ValueError(f"{key} is missing; expected {expected[key]}")
         x, shape = tensors[key], expected.get(key, "no such tensor")
-        plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_meta
-        plain = plain and x.dtype in FLOATS and x.nbytes <= x.untyped_storage().nbytes()
-        if x.shape != shape or not plain:
-            kind = "" if plain else f", {x.dtype}, {x.layout}, {x.device}, {type(x)}"
+        if x.shape != shape or not is_plain(x):
+            kind = "" if is_plain(x) else f", {x.dtype}, {x.layout}, {x.device}, {type(x)}"
             raise ValueError(f"{key} is {tuple(x.shape)}{kind}; expected {shape}")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def is_plain(x) -> bool:
+    """Whether x is a dense tensor of floats, of which each has a place in memory."""
+    dense = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_meta
+    return dense and x.dtype in FLOATS and x.nbytes <= x.untyped_storage().nbytes()
 
 
 class NoMemory(torch.overrides.TorchFunctionMode):
@@ -1009,7 +1013,7 @@ def run(args: argparse.Namespace) -> int:
     backbone = args.model.removeprefix("dinov2_") in CONFIGS  # fail before a download
     model = None if backbone else load(args.model, args.layers, args.device, dtype, mmap=True)
     if not isinstance(model, LinearClassifier) or model.linear_head.out_features == 1:
-        raise ValueError(f"{args.model} has no classifier of two or more classes (add _lc?)")
+        raise ValueError(f"{args.model} has no classifier of 2+ classes; official ones end in _lc")
     size = (args.size, args.size) if args.size else model.transform.size
     if size and not args.keep_aspect:
         model.backbone.fix_image_size(*size)
@@ -1047,15 +1051,6 @@ def best_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if stated else torch.float32
 
 
-MODELS = """\
-official models           parameters   download
-vits14_reg, vits14              22 M      88 MB
-vitb14_reg, vitb14              87 M     346 MB
-vitl14_reg, vitl14             304 M     1.2 GB
-vitg14_reg, vitg14           1,137 M     4.5 GB
-with _lc, as in vits14_reg_lc: the same with a head for ImageNet-1k, 3 to 31 MB more"""
-
-
 def guard(program: str, function, *args) -> int:
     """Exit status of a program: what function(*args) returns, 130 if it was interrupted, else 2 and
     one line about the error, or its traceback if DINOREG_TRACEBACK is set."""
@@ -1080,6 +1075,15 @@ def guard(program: str, function, *args) -> int:
         hint = "" if known else " (DINOREG_TRACEBACK=1 shows where)"
         complain((str(error).partition("\n")[0] or repr(error)) + hint, program)
         return 2
+
+
+MODELS = """\
+official models           parameters   download
+vits14_reg, vits14              22 M      88 MB
+vitb14_reg, vitb14              87 M     346 MB
+vitl14_reg, vitl14             304 M     1.2 GB
+vitg14_reg, vitg14           1,137 M     4.5 GB
+with _lc, as in vits14_reg_lc: the same with a head for ImageNet-1k, 3 to 31 MB more"""
 
 
 def main(argv: list[str] | None = None) -> int:

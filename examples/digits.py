@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import common
 import dinoreg
+import features
 import outputs
 
 HERE = Path(__file__).parent
@@ -63,9 +64,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 def write_digits(folder: Path, digits: list[Digit]) -> None:
     """Write each digit into the subfolder of its part and class."""
-    from tqdm import tqdm
-
-    for i, (image, digit) in enumerate(tqdm(digits, unit="image", disable=None)):
+    for i, (image, digit) in enumerate(features.progress(digits, unit="image")):
         part = "train" if i < TRAIN else "val"
         save_image(image, folder / part / LABELS[digit] / f"{i:04}.png")
     print(f"{len(digits):,} digits written to {dinoreg.printable(str(folder))}: train and val")
@@ -117,8 +116,6 @@ def write_scenes(folder: Path, digits: list[Digit]) -> None:
     """Write the scenes of each part, their masks and shapes, and the names and colors of the
     classes.
     """
-    from tqdm import tqdm
-
     rng = np.random.default_rng(0)
 
     def draw(pool: list[Digit], count: int) -> list[list[Digit]]:
@@ -134,7 +131,7 @@ def write_scenes(folder: Path, digits: list[Digit]) -> None:
         "example": (train_photos, [each[i : i + 2] for i in range(0, 10, 2)]),
     }
     for part, (photos, scenes) in parts.items():
-        for i, chosen in enumerate(tqdm(scenes, unit="scene", desc=part, disable=None)):
+        for i, chosen in enumerate(features.progress(scenes, unit="scene", desc=part)):
             scene, mask = paste_digits(photos[i % len(photos)], chosen, rng)
             save_image(scene, folder / part / "images" / f"{i:03}.png")
             save_image(mask, folder / part / "masks" / f"{i:03}.png")
@@ -192,8 +189,6 @@ def accuracy(model: dinoreg.LinearClassifier, x: Tensor, classes: Tensor) -> flo
 
 def train(folder: Path, epochs: int, device: str) -> tuple[dinoreg.LinearClassifier, str]:
     """A trained classifier, and its accuracy on the held-out digits in words."""
-    from tqdm import tqdm
-
     torch.manual_seed(0)
     x, classes = read_folder(folder / "train")
     val_x, val_classes = (tensor.to(device) for tensor in read_folder(folder / "val"))
@@ -206,7 +201,7 @@ def train(folder: Path, epochs: int, device: str) -> tuple[dinoreg.LinearClassif
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1.5e-3, total_steps=epochs * -(-len(x) // BATCH), pct_start=0.15
     )
-    for _ in (bar := tqdm(range(epochs), unit="epoch", disable=None)):
+    for _ in (bar := features.progress(range(epochs), unit="epoch")):
         model.train()
         for batch in torch.randperm(len(x)).split(BATCH):
             logits = model(augment(x[batch]).to(device))

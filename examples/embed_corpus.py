@@ -209,7 +209,7 @@ def embed(rows: pa.Table, model: dinoreg.DinoVisionTransformer, tokens: str) -> 
     # An image of which the model returns NaN or infinity has an error instead.
     finite = np.logical_and.reduce([np.isfinite(x).all(axis=1) for x in columns])
     errors = rows["error"].to_numpy().copy()
-    errors[np.flatnonzero(rows["error"].is_null())[~finite]] = "the model returns NaN or infinity"
+    errors[np.flatnonzero(rows["error"].is_null())[~finite]] = features.NOT_FINITE
     errors = pa.array(errors, pa.string())
     rows = rows.drop_columns(["pixels", "error"]).append_column("error", errors)
     for name, values in zip(("embedding", "patches"), columns):
@@ -246,8 +246,6 @@ def read_bytes(files: list[str], todo: pa.Table) -> Iterator[tuple[str, bytes]]:
 
 def run_here(paths: pa.Table, files: list[str], model, args: argparse.Namespace) -> None:
     """Embed what is not done in a loop; threads read the next batch while the model computes."""
-    from tqdm import tqdm
-
     schema, todo = plan(paths, model, args, dinoreg.best_device())
     torch.set_num_threads(args.threads or torch.get_num_threads())
     model = model.to(args.device, getattr(torch, args.dtype))
@@ -258,7 +256,7 @@ def run_here(paths: pa.Table, files: list[str], model, args: argparse.Namespace)
     read = features.read_ahead(lambda image: decode(*image, model.transform), batches)
     tables: list[pa.Table] = []
     try:
-        with tqdm(total=len(todo), unit="image", disable=None) as bar:
+        with features.progress(None, total=len(todo), unit="image") as bar:
             for rows in read:
                 tables.append(embed(to_table(rows, model.transform), model, args.tokens))
                 bar.update(len(rows))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import common
 import dinoreg
+import features
 from labeled import find_labeled
 
 # Top-1 accuracies in percent from https://github.com/facebookresearch/dinov2/blob/main/README.md:
@@ -39,10 +40,8 @@ def count_hits(
     """Whether the best class and the best five hold the class of each image, and why other images
     have no result.
     """
-    from tqdm import tqdm
-
     results = dinoreg.classify(model, [path for path, _ in images], batch_size=batch_size)
-    bar = tqdm(results, total=len(images), unit="image", disable=None)
+    bar = features.progress(results, total=len(images), unit="image")
     hits, failed = [], {}
     for (path, label), result in zip(images, bar):
         if isinstance(result, Exception):

@@ -34,7 +34,7 @@ import dinoreg
 import outputs
 import patches
 import registers_at_test_time
-from features import write_line
+from features import NOT_FINITE, write_line
 
 CANDIDATES = 100  # k of the paper: the patches of lowest degree, which may join the seed
 # Added to the similarities, in units of their mean: patches have a common component, above all in
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     for image, x in patches.read_photos(model, images, unreadable):
         features = last_attention(model, x)[args.features].cpu()
         if not features.isfinite().all():
-            unreadable[image] = "the model returns NaN or infinity"
+            unreadable[image] = NOT_FINITE
             continue
         similarity = features @ features.T
         h, w = model.to_grid(*x.shape[1:])

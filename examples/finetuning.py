@@ -61,8 +61,6 @@ def finetune(
     flip: bool = True,
 ) -> dinoreg.LinearClassifier:
     """A copy of the model, with all its weights trained on images and their classes (n,)."""
-    from tqdm import tqdm
-
     device = model.linear_head.weight.device
     on_gpu, dtype = device.type == "cuda", dinoreg.best_dtype(device)
     config = dataclasses.replace(model.config, drop_path_rate=0.1)
@@ -78,7 +76,7 @@ def finetune(
     # Random numbers are drawn here, as threads would draw in any order.
     items = ([(paths[i], torch.rand(5)) for i in batch] for batch in order)
     images = features.read_ahead(lambda item: random_crop(*item, flip, model.transform), items)
-    start, bar = time.perf_counter(), tqdm(order, unit="step", disable=None)
+    start, bar = time.perf_counter(), features.progress(order, unit="step")
     for step, (batch, crops) in enumerate(zip(bar, images), 1):
         with torch.autocast(device.type, dtype, enabled=on_gpu and dtype != torch.float32):
             logits = model(torch.stack(crops).to(device))
@@ -93,5 +91,5 @@ def finetune(
         bar.set_postfix_str(f"loss {loss:.3f}")
         if step == 3:  # for a log file, which has no progress bar
             minutes = (time.perf_counter() - start) / step * len(order) / 60
-            tqdm.write(f"fine-tuning: {len(order)} steps, about {minutes:.0f} min")
+            features.write_line(f"fine-tuning: {len(order)} steps, about {minutes:.0f} min")
     return model.eval()

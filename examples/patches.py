@@ -9,7 +9,7 @@ from torch import Tensor
 
 import common  # noqa: F401 (finds dinoreg)
 import dinoreg
-from features import read_image
+from features import progress, read_image
 
 OUTLIER = 3  # times the median norm; outliers have about 10 times the norm of other tokens
 
@@ -105,9 +105,7 @@ def read_photos(
     """Each image file with the model's input (3, H, W) for the whole image, and a progress bar; the
     reasons why files cannot be read are added to unreadable.
     """
-    from tqdm import tqdm
-
-    for path in tqdm(paths, unit="image", disable=None):
+    for path in progress(paths, unit="image"):
         x = read_image(path, None, True, model.patch_size, transform=model.transform)
         if isinstance(x, str):
             unreadable[path] = x

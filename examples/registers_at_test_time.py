@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import common
 import dinoreg
 import patches
+from features import NOT_FINITE
 
 LAYER = -2  # norms are those after the second-to-last block, as in the authors' code for DINOv2
 
@@ -212,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         if math.isfinite(record["cosine_cls"] + record["cosine_patches"]):
             print(json.dumps(record) if args.json else describe_change(record))
         else:
-            unreadable[path] = "the model returns NaN or infinity"
+            unreadable[path] = NOT_FINITE
     return common.report("registers_at_test_time", unreadable)
 
 

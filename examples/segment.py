@@ -96,7 +96,7 @@ class ExampleSegmenter:
                 raise ValueError(f"{photo}: {dinoreg.reason(error)}") from None
             grid = run_tiles(partial(patch_features, backbone), x, tile, backbone)  # (D, h, w)
             if not grid.isfinite().all():
-                raise ValueError(f"{photo}: the model returns NaN or infinity")
+                raise ValueError(f"{photo}: {features.NOT_FINITE}")
             of_class = torch.from_numpy(mask) == torch.arange(len(classes))[:, None, None]
             share = F.adaptive_avg_pool2d(of_class.float(), grid.shape[1:]).to(x.device)
             known = share.sum(dim=0) > 0.5  # (h, w)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import common  # noqa: F401 (finds dinoreg)
 import dinoreg
+from features import NOT_FINITE
 
 IGNORED = 255  # the value of pixels without a class in all masks in memory
 GAP = 4  # pixels between the photos of a picture
@@ -238,7 +239,7 @@ def classify_pixels(logits: Tensor, H: int, W: int) -> np.ndarray:
     ValueError if they are not finite.
     """
     if not logits.isfinite().all():
-        raise ValueError("the model returns NaN or infinity")
+        raise ValueError(NOT_FINITE)
     rows = F.interpolate(logits[None], (H, logits.shape[2]), mode="bilinear")  # (1, K, H, w)
     # Columns follow in strips: (K, H, W) logits of a large photo would fill the memory.
     strips = [

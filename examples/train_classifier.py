@@ -90,8 +90,6 @@ def train_head(
     """The best learning rate. Trains a head for each on features x (n, F) of classes y (n,), and
     gives the model the head with the highest validation accuracy. All heads are one linear layer:
     without weight decay, a learning rate is equivalent to a factor of the loss."""
-    from tqdm import tqdm
-
     rates = torch.tensor(LEARNING_RATES, device=x.device) * HEAD_BATCH / 256
     K = model.linear_head.out_features
     heads = nn.Linear(x.shape[1], len(rates) * K, device=x.device)
@@ -107,7 +105,7 @@ def train_head(
         loss = F.cross_entropy(logits, y, reduction="none").mean(dim=0)
         return loss, (logits.argmax(dim=1) == y).sum(dim=0)
 
-    for _ in tqdm(range(HEAD_STEPS), unit="step", disable=None):
+    for _ in features.progress(range(HEAD_STEPS), unit="step"):
         batch = torch.randint(len(x), (HEAD_BATCH,), device=x.device)
         optimizer.zero_grad()
         (losses(x[batch], y[batch])[0] @ rates).backward()

@@ -207,7 +207,7 @@ def encode_classes(prompts: list[list[str]], device: str, use_cache: bool) -> Te
         vectors.append(F.normalize(encoder(ids), dim=1).unflatten(0, (-1, T)).mean(dim=1).cpu())
     text = F.normalize(torch.cat(vectors), dim=1)
     if not text.isfinite().all():
-        raise ValueError(f"{path}: the model returns NaN or infinity")
+        raise ValueError(f"{path}: {features.NOT_FINITE}")
     if cache:
         cache.parent.mkdir(parents=True, exist_ok=True)
         dinoreg.write_tensors({"features": text}, cache, {})

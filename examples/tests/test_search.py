@@ -7,13 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_tiny
+from conftest import COLORS, TINY, paint, save_tiny
 from PIL import Image
 
 import dinoreg
@@ -24,8 +23,6 @@ import search
 from test_dinoreg import SALIENCY_WEIGHTS
 
 HERE = Path(__file__).parents[1]
-TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16)
-COLORS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
 
 @pytest.fixture(autouse=True)
@@ -37,35 +34,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "dinoreg"
 
 
-@pytest.fixture
-def call(capsys):
-    """Run a script in this process, which saves the seconds of its imports."""
-
-    def call(main, *arguments):
-        capsys.readouterr()
-        try:
-            status = main([*map(str, arguments)])
-        except SystemExit as exit:  # argparse's
-            status = exit.code
-        output = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=output.out, stderr=output.err)
-
-    return call
-
-
 def run_example(name, *arguments):
     """Run a script as its users do."""
     return subprocess.run(
         [sys.executable, HERE / f"{name}.py", *map(str, arguments)], capture_output=True, text=True
     )
-
-
-def paint(path, color, seed=0):
-    """An image of 24 x 20 noisy pixels of about one color."""
-    pixels = np.array(color) + np.random.default_rng(seed).normal(0, 12, (20, 24, 3))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_tiny
+from conftest import COLORS, TINY, paint, save_tiny
 from PIL import Image
 
 import dinoreg
@@ -27,22 +26,12 @@ import labeled
 import train_classifier
 
 HERE = Path(__file__).parents[1]
-TINY = dinoreg.Config(embed_dim=32, depth=3, num_heads=4, patch_size=4, image_size=16)
-COLORS = {"blue": (20, 30, 220), "green": (20, 200, 40), "red": (220, 30, 20)}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def paint(path, color, seed=0):
-    """An image of 24 x 20 noisy pixels of about one color."""
-    pixels = np.array(color) + np.random.default_rng(seed).normal(0, 12, (20, 24, 3))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture
@@ -63,22 +52,13 @@ EXACT = "donot_use_mm_for_euclid_dist"  # small distances, too
 
 
 @pytest.fixture
-def train(capsys, tmp_path, monkeypatch):
-    """Train on a folder, for fewer steps, and write mine.safetensors; in this process, which saves
-    the seconds of its imports.
-    """
+def train(call, tmp_path, monkeypatch):
+    """Train on a folder, for fewer steps, and write mine.safetensors."""
     output = tmp_path / "mine.safetensors"
     monkeypatch.setattr(train_classifier, "HEAD_STEPS", 300)
 
     def train(folder, model, *options):
-        capsys.readouterr()
-        arguments = [folder, "--model", model, "--output", output, *options]
-        try:
-            status = train_classifier.main([*map(str, arguments)])
-        except SystemExit as exit:  # argparse's
-            status = exit.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+        return call(train_classifier.main, folder, "--model", model, "--output", output, *options)
 
     return train
 
